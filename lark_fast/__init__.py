@@ -1,0 +1,39 @@
+"""lark-fast: learnability-based trajectory selection for reasoning distillation (LARK, arXiv 2605.30651)."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lark_fast.kernels.chi2 import chi2_weights
+    from lark_fast.kernels.linear_cross_entropy import linear_cross_entropy
+    from lark_fast.kernels.token_stats import TokenStats, token_stats
+    from lark_fast.learnability import g_hat
+    from lark_fast.scoring import Scorer, TrajectoryScore
+
+_HOMES = {
+    "Scorer": "lark_fast.scoring",
+    "TrajectoryScore": "lark_fast.scoring",
+    "TokenStats": "lark_fast.kernels.token_stats",
+    "token_stats": "lark_fast.kernels.token_stats",
+    "linear_cross_entropy": "lark_fast.kernels.linear_cross_entropy",
+    "chi2_weights": "lark_fast.kernels.chi2",
+    "g_hat": "lark_fast.learnability",
+}
+__all__ = [  # noqa: RUF022 - the order a reader meets them
+    "Scorer",
+    "TrajectoryScore",
+    "TokenStats",
+    "g_hat",
+    "chi2_weights",
+    "token_stats",
+    "linear_cross_entropy",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are first asked for, so that ``import lark_fast`` costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
