@@ -1,0 +1,268 @@
+"""The student: a Transformers causal language model, its tokenizer, and its output head taken apart."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lark_fast.errors import UserError
+from lark_fast.kernels.head import head_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROBE_TOKENS = 4
+MAY_HOLD_A_STUDENT = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The output embedding and what the model does to its logits; see ``lark_fast.kernels.head``."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+    logit_scale: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``hidden`` [T, D] -> float32 logits [T, V]."""
+        return head_logits(hidden, self.weight, self.bias, self.softcap, self.logit_scale)
+
+
+class Student:
+    """A causal language model as the scorer and the trainer see it: hidden states and a head.
+
+    Works with any Transformers model that has an output embedding. What happens to its logits afterwards (Gemma-2's
+    softcap, Cohere's and Granite's scales) is read from the config and checked once against the model's own logits.
+
+    Raises:
+        ValueError: the model has no output embedding, or treats its logits in a way this package does not know.
+    """
+
+    def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None" = None, path: str = ""):
+        self.model, self.tokenizer, self.path = model, tokenizer, path
+        self._output = model.get_output_embeddings()
+        if self._output is None or getattr(self._output, "weight", None) is None:
+            raise ValueError(f"{type(model).__name__} has no output embedding: it is not a causal language model")
+        self._config = model.config.get_text_config()
+        self._check_head()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's input goes."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype."""
+        return self._output.weight.dtype
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids the model can read: rows of the input embedding (often padded beyond the tokenizer's)."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence the model was built for, or None where the config does not say."""
+        return getattr(self._config, "max_position_embeddings", None)
+
+    @property
+    def head(self) -> Head:
+        """The head's live parameters."""
+        config = self._config
+        scale = getattr(config, "logit_scale", None)
+        if scale is None and getattr(config, "logits_scaling", None):
+            scale = 1.0 / config.logits_scaling
+        if scale is None:
+            scale = getattr(config, "lm_head_multiplier", None)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return Head(self._output.weight, getattr(self._output, "bias", None), softcap, scale)
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """The output embedding's input, without computing a logit.
+
+        Args:
+            input_ids: ``[B, T]``. Rows of several lengths are padded on the RIGHT with any id: attention is causal, so
+                no real token sees the padding and no mask is needed.
+
+        Returns:
+            ``[B, T, D]`` in the model's dtype. Autograd works through it.
+        """
+        with _stop_before_head(self._output) as captured:
+            self.model(input_ids=input_ids, use_cache=False)
+        return captured[0]
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Our head against the model's own logits, on a few tokens: never score with a head that is not the model's."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            ids = torch.arange(PROBE_TOKENS, device=self.device).remainder(self.vocab_size).unsqueeze(0)
+            own = self.model(input_ids=ids, use_cache=False).logits[0].float()
+            ours = self.head.logits(self.hidden(ids)[0]).to(own.device)
+        finally:
+            self.model.train(was_training)
+        tolerance = 1e-3 if self.dtype == torch.float32 else 3e-2
+        if not torch.allclose(ours, own, rtol=tolerance, atol=tolerance * float(own.abs().max()), equal_nan=True):
+            raise ValueError(
+                f"{type(self.model).__name__} changes its logits in a way lark-fast does not know "
+                f"(largest difference {float((ours - own).abs().max()):.3g})"
+            )
+
+
+@contextmanager
+def _stop_before_head(output: nn.Module) -> Iterator[list[Tensor]]:
+    """Let the output embedding hand its input over and answer with logits of width 0, so that none is computed."""
+    captured: list[Tensor] = []
+
+    def keep(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        captured.append(hidden)
+        return hidden[..., :0]
+
+    own = output.__dict__.get("forward")
+    output.forward = keep
+    try:
+        yield captured
+    finally:
+        if own is None:
+            del output.forward
+        else:
+            output.forward = own
+
+
+def load_student(
+    path: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False, tokenizer: bool = True
+) -> Student:
+    """Load a student from a directory or a Hugging Face id, ready to score.
+
+    Args:
+        path: a directory with config.json and safetensors, or a hub id.
+        device: "auto" (a GPU where there is one), or what ``torch.device`` takes.
+        dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, the checkpoint's own elsewhere.
+        trust_remote_code: run model code that the checkpoint brings along.
+        tokenizer: load the tokenizer too.
+
+    Raises:
+        UserError: nothing there, or it cannot be loaded; the message says what is missing.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    directory = student_files(path)
+    place = choose_device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: not one of auto, {', '.join(DTYPES)}")
+    chosen = DTYPES.get(dtype, torch.float32 if place.type == "cpu" else "auto")
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=chosen, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+        model = model.to(place).eval().requires_grad_(False)
+        return Student(model, load_tokenizer(path, trust_remote_code) if tokenizer else None, path)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{path}: cannot be loaded as a student: {_one_line(error)}") from error
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer whose splitting rules are those of its tokenizer.json.
+
+    AutoTokenizer may rebuild the pre-tokenizer from the model type; where it does, the file is loaded as it stands.
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    directory = student_files(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        file = directory / "tokenizer.json"
+        if file.exists() and tokenizer.is_fast:
+            written = json.loads(Tokenizer.from_file(str(file)).to_str())
+            loaded = json.loads(tokenizer.backend_tokenizer.to_str())
+            if any(written.get(part) != loaded.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")):
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{path}: its tokenizer cannot be loaded: {_one_line(error)}") from error
+    return tokenizer
+
+
+def load_config(path: str, trust_remote_code: bool = False) -> "PreTrainedConfig":
+    """The (text) config of a student, without its weights."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(student_files(path), trust_remote_code=trust_remote_code).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: its config cannot be loaded: {_one_line(error)}") from error
+
+
+def student_files(path: str) -> Path:
+    """The local directory of a student; a hub id is looked up in the cache or fetched.
+
+    Raises:
+        UserError: no such directory, and no such hub id within reach.
+    """
+    directory = Path(path)
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise UserError(f"{path}: no config.json there; --student takes a Transformers checkpoint")
+        return directory
+    if path.count("/") > 1 or path.startswith((".", "~", "/")):
+        raise UserError(f"{path}: no such directory")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=MAY_HOLD_A_STUDENT))
+    except Exception as error:  # huggingface_hub and its transport raise many kinds
+        raise UserError(
+            f"{path}: no such directory, and it cannot be had from the Hugging Face hub ({_one_line(error)})"
+        ) from error
+
+
+def fingerprint(path: str) -> dict[str, str]:
+    """What identifies a student: SHA-256 over the bytes of its config and weights, and of its tokenizer's files."""
+    directory = student_files(path)
+    weights = sorted([directory / "config.json", *directory.glob("*.safetensors"), *directory.glob("adapter_*")])
+    words = sorted(
+        file
+        for file in directory.iterdir()
+        if file.is_file() and (file.name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "added_tokens")))
+    )
+    return {"weights": _digest(weights), "tokenizer": _digest(words)}
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` takes a GPU where there is one.
+
+    Raises:
+        UserError: there is no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {_one_line(error)}") from error
+    return device
+
+
+def _digest(files: list[Path]) -> str:
+    total = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            total.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
