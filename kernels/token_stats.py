@@ -10,7 +10,8 @@ For a row z of logits (kernels/head.py) that predicts token y, with p = softmax(
 The column y is kept out of the running sums. With m = max(z) and, over v != y, S1' = sum e^(z-m),
 S2' = sum e^(2(z-m)), SZ' = sum (z-m) e^(z-m), and with a = e^(z_y-m), S1 = S1' + a:
 
-    nll     = log1p(S1'/a) where S1' < a, else log S1 - (z_y-m)
+    log S1  = log1p(S1') where S1' < a (then m = z_y and a = 1), else log(S1)
+    nll     = log S1 - (z_y-m)
     brier   = (S1'^2 + S2') / S1^2
     entropy = log S1 - (SZ' + (z_y-m) a) / S1
 
@@ -164,8 +165,8 @@ class _Walk:
         z.sub_(m)
         torch.exp(z, out=e)
         self.s1 += e.sum(1, keepdim=True)
-        self.s2 += torch.linalg.vecdot(e, e).unsqueeze(1)
-        self.sz += torch.linalg.vecdot(z, e).unsqueeze(1)
+        self.s2 += torch.linalg.vector_norm(e, dim=1, keepdim=True).square()
+        self.sz += z.mul_(e).sum(1, keepdim=True)
 
     def _rescale(self, m: Tensor) -> None:
         """Move the sums from the old maximum to ``m``."""
@@ -182,11 +183,12 @@ class _Walk:
         x = self.label_logit - self.m
         a = x.exp()
         s1 = self.s1 + a
-        nll = torch.where(self.s1 < a, (self.s1 / a).log1p(), s1.log() - x)
+        log_s1 = torch.where(self.s1 < a, self.s1.log1p(), s1.log())
+        nll = log_s1 - x
         broken = ~nll.isfinite()
         result.nll[rows] = _nan_where(broken, nll)
         result.brier[rows] = _nan_where(broken, _brier(self.s1, self.s2, a))
-        result.entropy[rows] = _nan_where(broken, s1.log() - (self.sz + x * a) / s1)
+        result.entropy[rows] = _nan_where(broken, log_s1 - (self.sz + x * a) / s1)
         rank = 1 + self.above
         result.rank[rows] = rank.masked_fill(broken, 0).squeeze(1).long()
         if self.top_k is not None:

@@ -1,0 +1,202 @@
+"""The command line: arguments in, one call, a few lines out. Heavy imports wait until a command runs."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="lark-fast",
+    help="Score a pool of reasoning trajectories by how fast a student can learn them, select, and train.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from lark_fast import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+class Span(StrEnum):
+    """Which tokens of an assistant turn are scored."""
+
+    turn = "turn"
+    content = "content"
+
+
+class Render(StrEnum):
+    """How a conversation becomes text."""
+
+    template = "template"
+    raw = "raw"
+
+
+class System(StrEnum):
+    """What happens to a system message."""
+
+    keep = "keep"
+    merge = "merge"
+    drop = "drop"
+
+
+class Long(StrEnum):
+    """What happens to a trajectory beyond the maximum length."""
+
+    truncate = "truncate"
+    reject = "reject"
+
+
+class Ties(StrEnum):
+    """How ties between candidates are treated."""
+
+    exact = "exact"
+    reference = "reference"
+
+
+class LossNorm(StrEnum):
+    """What the loss is a mean over."""
+
+    trajectory = "trajectory"
+    token = "token"
+
+
+class Export(StrEnum):
+    """Formats of other programs."""
+
+    lark_json = "lark-json"
+
+
+PoolOption = Annotated[
+    list[str],
+    typer.Option(help="JSONL, JSON or Parquet (.gz, .zst too): a file, directory, glob or hub id. May be repeated."),
+]
+StudentOption = Annotated[str, typer.Option(help="Directory or Hugging Face id of the student.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Throw away what the output directory holds.")]
+RemoteCodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.")]
+MaxLengthOption = Annotated[int, typer.Option(min=2, help="Tokens of a trajectory, prompt included.")]
+SpanOption = Annotated[Span, typer.Option(help="Score to the end of the turn, or to the end of its content.")]
+RenderOption = Annotated[
+    Render, typer.Option(help="The chat template, or raw: generation prompt + content + end of turn.")
+]
+SystemOption = Annotated[System, typer.Option(help="Keep system messages, merge them into the user's, or drop them.")]
+TemplateOption = Annotated[Path | None, typer.Option(help="A chat template to use instead of the tokenizer's.")]
+LastTurnOption = Annotated[bool, typer.Option("--last-turn-only", help="Only the last assistant turn counts.")]
+LongOption = Annotated[Long, typer.Option(help="What to do with trajectories beyond --max-length.")]
+
+
+@app.command()
+def score(
+    pool: PoolOption,
+    student: StudentOption,
+    out: Annotated[str, typer.Option(help="Directory of the scores; the same command again goes on where it stopped.")],
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Brier score over the k largest logits (the paper: 50). Default: exact.")
+    ] = None,
+    max_length: MaxLengthOption = 32768,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    span: SpanOption = Span.turn,
+    render: RenderOption = Render.template,
+    system: SystemOption = System.keep,
+    chat_template: TemplateOption = None,
+    last_turn_only: LastTurnOption = False,
+    long: LongOption = Long.truncate,
+    tokens_per_batch: Annotated[str, typer.Option(help="Padded tokens of one forward pass, or auto.")] = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first N records.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read, render and count; write nothing.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop with exit code 2 at the first reject.")] = False,
+    overwrite: OverwriteOption = False,
+    per_token: Annotated[bool, typer.Option("--per-token", help="Also store every token's statistics.")] = False,
+    export: Annotated[Export | None, typer.Option(help="Also write the scores in this format.")] = None,
+    trust_remote_code: RemoteCodeOption = False,
+) -> None:
+    """One forward pass over every trajectory of a pool: nll, Brier score, entropy, rank, rho and g_hat."""
+    from lark_fast.rendering import RenderOptions
+    from lark_fast.scoring_run import ScoreConfig, score_pool
+
+    options = RenderOptions(
+        span=span.value,
+        render=render.value,
+        system=system.value,
+        last_turn_only=last_turn_only,
+        long=long.value,
+        max_length=max_length,
+    )
+    config = ScoreConfig(
+        pool=tuple(pool),
+        student=student,
+        out=out,
+        top_k=top_k,
+        dtype=dtype,
+        device=device,
+        options=options,
+        chat_template=_template(chat_template),
+        tokens_per_batch=_tokens_per_batch(tokens_per_batch),
+        limit=limit,
+        dry_run=dry_run,
+        strict=strict,
+        overwrite=overwrite,
+        per_token=per_token,
+        export=None if export is None else export.value,
+        trust_remote_code=trust_remote_code,
+    )
+    summary = score_pool(config)
+    _print_score_summary(summary, dry_run)
+    if not (summary.scored or summary.kept):
+        raise typer.Exit(3)
+
+
+def _print_score_summary(summary: "ScoreSummary", dry_run: bool) -> None:
+    if dry_run:
+        _say(
+            f"{summary.scored:,} of {summary.records:,} records can be scored: {summary.input_tokens:,} tokens, "
+            f"{summary.scored_tokens:,} of them scored; nothing was written"
+        )
+    else:
+        _say(
+            f"{summary.scored:,} trajectories scored ({summary.input_tokens:,} tokens, {summary.scored_tokens:,} scored) "
+            f"in {summary.seconds:.1f} s: {summary.tokens_per_second:,.0f} tokens/s"
+        )
+        if summary.kept:
+            _say(f"{summary.kept:,} trajectories had been scored before and were kept")
+        _say(f"{summary.out}: {summary.rows:,} trajectories of {summary.problems:,} problems")
+        if summary.not_finite:
+            _say(f"{summary.not_finite:,} trajectories have no g_hat (statistics that are not finite, or nll 0)")
+    if summary.rejected:
+        where = "" if dry_run else f", listed in {Path(summary.out) / 'rejected.jsonl'}"
+        _say(f"{summary.rejected:,} of {summary.records:,} records rejected{where}")
+        for line in summary.first_rejects:
+            _say(f"  {line}")
+
+
+def _template(path: Path | None) -> str | None:
+    from lark_fast.errors import UserError
+
+    try:
+        return None if path is None else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--chat-template {path}: cannot be read: {error}") from error
+
+
+def _tokens_per_batch(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter("a whole number of tokens, or auto", param_hint="--tokens-per-batch")
+    return int(text)
+
+
+def _say(line: str) -> None:
+    """Print a line whose text may come from a pool: control characters never reach the terminal."""
+    print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), flush=True)

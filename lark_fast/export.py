@@ -1,0 +1,53 @@
+"""Scores in the formats of other programs."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from lark_fast.files import atomic_open
+from lark_fast.store import part_files, read_manifest
+
+LARK_JSON = "lark_ghat.json"
+
+
+def export_lark_json(scores: str | Path) -> Path:
+    """Write the scores as the JSON of LARK's released code, beside the parts; returns its path.
+
+    ``Brier`` is the one that rho and g_hat are made of, as there; a g_hat that is not a number is written as NaN, as
+    there. The whole table passes through memory.
+    """
+    manifest = read_manifest(scores)
+    names = ["problem_id", "candidate_id", "teacher", "nll", manifest["brier"], "rho", "g_hat"]
+    problems: dict[str, list[dict[str, Any]]] = {}
+    for part in part_files(scores):
+        table = pq.read_table(part, columns=names)
+        for problem, candidate, teacher, nll, brier, rho, g_hat in zip(*table.to_pydict().values(), strict=True):
+            row = {"candidate_id": candidate, "teacher": teacher, "L": nll, "Brier": brier, "rho": rho, "g_hat": g_hat}
+            problems.setdefault(problem, []).append(row | {"candidate_id": _number(candidate)})
+    counts = manifest["counts"]
+    made = {
+        "method": "lark_ghat",
+        "student_model": manifest["config"]["student"],
+        "top_k": manifest["identity"]["top_k"],
+        "n_problems": len(problems),
+        "n_scored": counts["rows"],
+        "n_skipped": counts["rejected"],
+        "scores": dict(sorted(problems.items(), key=lambda item: _order(item[0]))),
+    }
+    path = Path(scores) / LARK_JSON
+    with atomic_open(path) as stream:
+        json.dump(made, stream, ensure_ascii=False, indent=2)
+    return path
+
+
+def _number(name: str) -> int | str:
+    """Ids that are decimal integers are integers in the reference's JSON."""
+    return int(name) if name.removeprefix("-").isdecimal() and len(name) < 19 else name
+
+
+def _order(problem: str) -> tuple[float, str]:
+    number = _number(problem)
+    return (number if isinstance(number, int) else math.inf, problem)

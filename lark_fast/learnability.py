@@ -1,0 +1,76 @@
+"""From a trajectory's nll and Brier score to its learnability: rho and g_hat (LARK, arXiv 2605.30651).
+
+Let a student be trained by gradient flow on L_q(theta) = sum_k q_k nll_k(theta), the q-weighted loss of one problem's
+candidates. Its relative rate of decay is
+
+    R(q) = -d/dt log L_q = |grad L_q|^2 / L_q.
+
+Assume (the paper's two assumptions) that gradients of different trajectories are orthogonal and that
+|grad nll_k|^2 = kappa * brier_k. Then |grad L_q|^2 = kappa * sum_k q_k^2 brier_k, and
+
+    dR/dq_k = kappa * ( 2 q_k brier_k / L_q  -  nll_k * sum_i q_i^2 brier_i / L_q^2 ).
+
+At uniform q = 1/K, with S = sum_i nll_i (so L_q = S/K), rho_i = brier_i / nll_i, brier_i = rho_i nll_i:
+
+    dR/dq_k = kappa * ( 2 brier_k / S - nll_k * sum_i brier_i / S^2 )
+            = kappa * (nll_k / S) * ( 2 rho_k - sum_i rho_i nll_i / S )   =  kappa * g_hat_k.
+
+The factor 2 is the square of q_k in |grad L_q|^2. kappa is common to all candidates and cancels in the selection.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+NEGLIGIBLE_NLL = 1e-30
+
+
+def rho(nll: ArrayLike, brier: ArrayLike) -> NDArray[np.float64]:
+    """The learnability factor's proxy brier / nll, and 0 where nll <= 1e-30.
+
+    Args:
+        nll: mean negative log-likelihood of each trajectory, nats, any shape.
+        brier: mean Brier score of each trajectory, the same shape.
+
+    Returns:
+        An array of that shape; NaN where an input is NaN.
+    """
+    nll, brier = np.asarray(nll, np.float64), np.asarray(brier, np.float64)
+    negligible = nll <= NEGLIGIBLE_NLL
+    return np.where(negligible, 0.0, brier / np.where(negligible, 1.0, nll))
+
+
+def g_hat(nll: ArrayLike, brier: ArrayLike, problem: ArrayLike) -> NDArray[np.float64]:
+    """The learnability score that ranks the candidates of each problem.
+
+    g_hat_k = (nll_k / S) (2 rho_k - sum_i rho_i nll_i / S) with S = sum_i nll_i over the candidates of k's problem.
+
+    Args:
+        nll: ``[N]`` mean negative log-likelihood of each trajectory, nats.
+        brier: ``[N]`` mean Brier score of each trajectory.
+        problem: ``[N]`` problem of each trajectory, numbers or strings, in any order.
+
+    Returns:
+        ``[N]`` float64. NaN where S <= 1e-30. A trajectory whose nll or brier is not finite gets NaN and is left out of
+        its problem's sums.
+
+    Raises:
+        ValueError: the three are not one-dimensional and of one length.
+    """
+    nll, brier, groups = np.asarray(nll, np.float64), np.asarray(brier, np.float64), np.asarray(problem)
+    if not nll.ndim == 1 or not nll.shape == brier.shape == groups.shape:
+        raise ValueError(f"nll, brier and problem are [N] each, not {nll.shape}, {brier.shape} and {groups.shape}")
+    members = np.unique(groups, return_inverse=True)[1]
+    valid = np.isfinite(nll) & np.isfinite(brier)
+    nll, brier = np.where(valid, nll, 0.0), np.where(valid, brier, 0.0)
+    own_rho = rho(nll, brier)
+    total, rho_nll = _sum_by(members, nll), _sum_by(members, own_rho * nll)
+    usable = valid & (total > NEGLIGIBLE_NLL)
+    total = np.where(usable, total, 1.0)
+    return np.where(usable, nll / total * (2.0 * own_rho - rho_nll / total), np.nan)
+
+
+def _sum_by(members: NDArray[Any], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Each element's group sum."""
+    return np.bincount(members, weights=values)[members] if len(values) else values

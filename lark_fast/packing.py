@@ -1,0 +1,56 @@
+"""How trajectories are brought together: windows of the stream, batches of similar length inside a window."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
+
+WINDOW_RECORDS = 4096
+WINDOW_TOKENS = 1 << 20
+
+
+class Sized(Protocol):
+    """Anything that holds token ids."""
+
+    @property
+    def input_ids(self) -> Sequence[int]:
+        """The tokens."""
+
+
+T = TypeVar("T")
+
+
+def windows(
+    items: Iterable[tuple[T, int]], max_items: int = WINDOW_RECORDS, max_tokens: int = WINDOW_TOKENS
+) -> Iterator[list[T]]:
+    """Cut a stream of (item, its tokens) into lists, each closed by the item that fills it.
+
+    Where the cuts fall depends on nothing but the items, so a run that is stopped and started again after any number of
+    whole windows cuts the rest at the same places.
+    """
+    window: list[T] = []
+    tokens = 0
+    for item, size in items:
+        window.append(item)
+        tokens += size
+        if len(window) >= max_items or tokens >= max_tokens:
+            yield window
+            window, tokens = [], 0
+    if window:
+        yield window
+
+
+def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
+    """Indices of sequences grouped so that rows x longest row stays within ``tokens_per_batch``, longest first.
+
+    A sequence longer than the budget is a batch of its own. Neighbours in length share a batch, which keeps padding low.
+    """
+    batch: list[int] = []
+    longest = 0
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batch and (len(batch) + 1) * longest > tokens_per_batch:
+            yield batch
+            batch = []
+        if not batch:
+            longest = lengths[index]
+        batch.append(index)
+    if batch:
+        yield batch

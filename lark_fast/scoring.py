@@ -1,0 +1,259 @@
+"""The scorer: records or token ids in, one set of statistics a trajectory out."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lark_fast.errors import RejectError
+from lark_fast.kernels.token_stats import IGNORE_INDEX, TokenStats, token_stats
+from lark_fast.learnability import rho
+from lark_fast.packing import length_batches
+from lark_fast.records import Record, normalise
+from lark_fast.rendering import Rendered, Renderer, RenderOptions
+from lark_fast.student import Student, load_student
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_RANK = 100  # ranks beyond it count as it, in rank_mean and rsr (arXiv 2601.14249)
+CPU_TOKENS_PER_BATCH = 2048
+GPU_TOKENS_PER_BATCH = 32768
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoryStats:
+    """What one forward pass says about one trajectory: means over its scored tokens."""
+
+    n_tokens: int  # scored
+    n_input_tokens: int
+    truncated: bool
+    nll: float  # nats
+    brier: float
+    brier_topk: float | None
+    entropy: float  # nats
+    rank_mean: float
+    rsr: float
+    tokens: TokenStats  # of the scored positions, in order, on the CPU
+    token_hash: bytes  # 16 bytes; equal for equal token ids and scored positions
+
+    @property
+    def brier_used(self) -> float:
+        """The Brier score that rho and g_hat are made of: brier_topk where it was asked for."""
+        return self.brier if self.brier_topk is None else self.brier_topk
+
+    @property
+    def rho(self) -> float:
+        """The learnability factor's proxy, see ``lark_fast.learnability``."""
+        return float(rho(self.nll, self.brier_used))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoryScore:
+    """The score of one record. ``g_hat`` needs all candidates of a problem: see ``lark_fast.g_hat``."""
+
+    problem_id: int | str
+    candidate_id: int | str
+    teacher: str
+    n_tokens: int
+    n_input_tokens: int
+    truncated: bool
+    nll: float
+    brier: float
+    brier_topk: float | None
+    entropy: float
+    rank_mean: float
+    rsr: float
+    rho: float
+
+
+class Scorer:
+    """Scores trajectories with a student, one forward pass each and no [T, V] matrix.
+
+    Args:
+        model: a Transformers causal language model, on whatever device and in whatever dtype it is to run.
+        tokenizer: its tokenizer, with a chat template; not needed for ``score_tokens``.
+        top_k: also compute the Brier score over the ``top_k`` largest logits and build rho from it, as the paper does
+            (50); None: the exact one.
+        options: how records are rendered and which of their tokens are scored.
+        tokens_per_batch: padded tokens of one forward pass; None picks by device.
+
+    Raises:
+        ValueError: the model has no head that this package understands.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel | Student",
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        *,
+        top_k: int | None = None,
+        options: RenderOptions | None = None,
+        chat_template: str | None = None,
+        tokens_per_batch: int | None = None,
+    ):
+        self.student = model if isinstance(model, Student) else Student(model, tokenizer)
+        self.top_k = top_k
+        self.options = options or RenderOptions()
+        default = GPU_TOKENS_PER_BATCH if self.student.device.type == "cuda" else CPU_TOKENS_PER_BATCH
+        self.tokens_per_batch = tokens_per_batch or default
+        self.renderer = None
+        if self.student.tokenizer is not None:
+            self.renderer = Renderer(
+                self.student.tokenizer,
+                self.options,
+                vocab_size=self.student.vocab_size,
+                chat_template=chat_template,
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str, *, device: str = "auto", dtype: str = "auto", top_k: int | None = None, **options: Any
+    ) -> "Scorer":
+        """Load a student from a directory or hub id; further arguments as for ``Scorer``."""
+        return cls(load_student(path, device=device, dtype=dtype), top_k=top_k, **options)
+
+    def score(self, records: Iterable[dict[str, Any] | Record]) -> list[TrajectoryScore]:
+        """Score records of any pool format: one ``TrajectoryScore`` a record, in order.
+
+        Raises:
+            ValueError: a record cannot be scored; the message gives its index and the reason.
+        """
+        if self.renderer is None:
+            raise ValueError("this Scorer has no tokenizer: score_tokens takes token ids")
+        known, rendered = [], []
+        for index, raw in enumerate(records):
+            try:
+                known.append(raw if isinstance(raw, Record) else normalise(raw, ordinal=index))
+                rendered.append(self.renderer(known[-1]))
+            except RejectError as error:
+                raise ValueError(f"record {index}: {error}") from error
+        return [_named(record, stats) for record, stats in zip(known, self.score_rendered(rendered), strict=True)]
+
+    def score_tokens(self, input_ids: Any, labels: Any) -> TokenStats | list[TokenStats]:
+        """Per-token statistics of the scored positions.
+
+        Args:
+            input_ids: token ids of one sequence ``[T]``, or several: ``[B, T]`` or a list of sequences.
+            labels: the same shape; -100 where a position is not scored (as Transformers' own losses take them: label t
+                is predicted from the tokens before t, so position 0 is never scored).
+
+        Returns:
+            ``TokenStats`` of the scored positions in order, for one sequence; a list of them for several.
+
+        Raises:
+            ValueError: the two do not have one shape, or an id is outside the vocabulary.
+        """
+        ids, marks = _as_lists(input_ids), _as_lists(labels)
+        single = not ids or isinstance(ids[0], int)
+        if single:
+            ids, marks = [ids], [marks]
+        if [len(row) for row in ids] != [len(row) for row in marks]:
+            raise ValueError("input_ids and labels differ in shape")
+        if any(token < 0 or token >= self.student.vocab_size for row in ids for token in row):
+            raise ValueError(f"a token id is outside the student's vocabulary of {self.student.vocab_size}")
+        stats = self._token_stats([(row, [IGNORE_INDEX, *mark[1:]]) for row, mark in zip(ids, marks, strict=True)])
+        return stats[0] if single else stats
+
+    def score_rendered(self, rendered: Sequence[Rendered]) -> list[TrajectoryStats]:
+        """Statistics of rendered trajectories, in order; those with the same tokens are scored once."""
+        hashes = [token_hash(item) for item in rendered]
+        first = {digest: index for index, digest in reversed(list(enumerate(hashes)))}
+        unique = sorted(first.values())
+        sequences = [(rendered[index].input_ids, rendered[index].labels) for index in unique]
+        scored = dict(zip(unique, self._token_stats(sequences), strict=True))
+        return [
+            trajectory_stats(scored[first[digest]], item, digest) for digest, item in zip(hashes, rendered, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _token_stats(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[TokenStats]:
+        """Statistics of the scored positions of each (input_ids, labels), on the CPU."""
+        results: list[TokenStats | None] = [None] * len(sequences)
+        was_training = self.student.model.training
+        self.student.model.eval()
+        try:
+            for batch in length_batches([len(ids) for ids, _ in sequences], self.tokens_per_batch):
+                for index, stats in zip(batch, self._forward([sequences[i] for i in batch]), strict=True):
+                    results[index] = stats
+        finally:
+            self.student.model.train(was_training)
+        return results
+
+    def _forward(self, batch: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[TokenStats]:
+        """One padded forward pass; prompts and padding never reach the head."""
+        longest = max(1, *(len(ids) for ids, _ in batch))
+        ids = np.zeros((len(batch), longest), dtype=np.int64)
+        labels = np.full((len(batch), longest), IGNORE_INDEX, dtype=np.int64)
+        for row, (tokens, marks) in enumerate(batch):
+            ids[row, : len(tokens)] = tokens
+            labels[row, : len(marks) - 1] = marks[1:]  # position t predicts token t + 1
+        device = self.student.device
+        scored = torch.from_numpy(labels != IGNORE_INDEX)
+        hidden = self.student.hidden(torch.from_numpy(ids).to(device))[scored.to(device)]
+        head = self.student.head
+        stats = token_stats(
+            hidden,
+            head.weight,
+            torch.from_numpy(labels)[scored].to(hidden.device),
+            bias=head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            top_k=self.top_k,
+        )
+        return _split(stats, scored.sum(1).tolist())
+
+
+def trajectory_stats(tokens: TokenStats, rendered: Rendered, digest: bytes) -> TrajectoryStats:
+    """Means over a trajectory's tokens, summed in float64 (SPEC: nll, brier, entropy, rank_mean, rsr)."""
+    n = len(tokens.nll)
+    nll_sum = float(tokens.nll.double().sum())
+    rank_sum = float(tokens.rank.clamp(max=MAX_RANK).sum())
+    return TrajectoryStats(
+        n_tokens=n,
+        n_input_tokens=len(rendered.input_ids),
+        truncated=rendered.truncated,
+        nll=nll_sum / n,
+        brier=float(tokens.brier.double().mean()),
+        brier_topk=None if tokens.brier_topk is None else float(tokens.brier_topk.double().mean()),
+        entropy=float(tokens.entropy.double().mean()),
+        rank_mean=rank_sum / n,
+        rsr=rank_sum / max(nll_sum, 1e-12),
+        tokens=tokens,
+        token_hash=digest,
+    )
+
+
+def token_hash(rendered: Rendered) -> bytes:
+    """16 bytes that are equal for equal token ids and scored positions."""
+    digest = hashlib.blake2b(np.asarray(rendered.input_ids, dtype=np.int64).tobytes(), digest_size=16)
+    digest.update(np.asarray(rendered.labels, dtype=np.int64).tobytes())
+    return digest.digest()
+
+
+def _named(record: Record, stats: TrajectoryStats) -> TrajectoryScore:
+    shared = ("n_tokens", "n_input_tokens", "truncated", "nll", "brier", "brier_topk", "entropy", "rank_mean", "rsr")
+    return TrajectoryScore(
+        problem_id=record.problem_id,
+        candidate_id=record.candidate_id,
+        teacher=record.teacher,
+        rho=stats.rho,
+        **{name: getattr(stats, name) for name in shared},
+    )
+
+
+def _split(stats: TokenStats, lengths: list[int]) -> list[TokenStats]:
+    """Cut the statistics of a batch into those of its rows, on the CPU."""
+    fields = (stats.nll, stats.brier, stats.entropy, stats.rank, stats.brier_topk)
+    columns = [[None] * len(lengths) if field is None else field.cpu().split(lengths) for field in fields]
+    return [TokenStats(*row) for row in zip(*columns, strict=True)]
+
+
+def _as_lists(values: Any) -> list:
+    return values.tolist() if isinstance(values, Tensor | np.ndarray) else [
+        row.tolist() if isinstance(row, Tensor | np.ndarray) else row for row in values
+    ]

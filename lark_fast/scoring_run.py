@@ -1,0 +1,307 @@
+"""``lark-fast score``: a pool streams through the renderer and the scorer into a store, one window at a time."""
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any
+
+import lark_fast
+from lark_fast.errors import RejectError, UserError
+from lark_fast.export import export_lark_json
+from lark_fast.files import atomic_open
+from lark_fast.keys import KeyTable
+from lark_fast.packing import windows
+from lark_fast.pool import Pool, Rejected
+from lark_fast.progress import Progress, track
+from lark_fast.records import Record
+from lark_fast.rendering import Rendered, Renderer, RenderOptions, TemplateError
+from lark_fast.store import ScoreStore
+
+SHOWN_REJECTS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreConfig:
+    """What ``lark-fast score`` was asked to do."""
+
+    pool: tuple[str, ...]
+    student: str
+    out: str
+    top_k: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    options: RenderOptions = field(default_factory=RenderOptions)
+    chat_template: str | None = None  # the template itself
+    tokens_per_batch: int | None = None
+    limit: int | None = None
+    dry_run: bool = False
+    strict: bool = False
+    overwrite: bool = False
+    per_token: bool = False
+    export: str | None = None  # "lark-json"
+    trust_remote_code: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class ScoreSummary:
+    """What came of a run."""
+
+    out: str
+    records: int = 0  # read from the pool
+    scored: int = 0  # in this run
+    kept: int = 0  # scored by an earlier run
+    rejected: int = 0
+    first_rejects: list[str] = field(default_factory=list)
+    input_tokens: int = 0  # of the trajectories scored in this run
+    scored_tokens: int = 0
+    seconds: float = 0.0  # of rendering, forward passes and writing
+    rows: int = 0  # in the store
+    problems: int = 0
+    not_finite: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Input tokens a second, rendering and writing included."""
+        return self.input_tokens / self.seconds if self.seconds else 0.0
+
+
+def score_pool(config: ScoreConfig) -> ScoreSummary:
+    """Score every trajectory of a pool that the store does not hold yet.
+
+    Returns:
+        Counts and timing; ``dry_run`` reads, renders and counts, and writes nothing.
+
+    Raises:
+        UserError: bad input; what was finished stays in the store.
+        KeyboardInterrupt: as above.
+    """
+    pool = Pool(config.pool)
+    if config.dry_run:
+        return _dry_run(config, pool)
+    from lark_fast.scoring import Scorer
+    from lark_fast.student import load_student
+
+    student = load_student(
+        config.student, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+    )
+    options = _fitting_options(config.options, student.max_positions)
+    scorer = Scorer(
+        student,
+        top_k=config.top_k,
+        options=options,
+        chat_template=config.chat_template,
+        tokens_per_batch=config.tokens_per_batch,
+    )
+    store = ScoreStore(config.out, _identity(config, scorer), overwrite=config.overwrite)
+    summary = ScoreSummary(out=config.out)
+    started = time.monotonic()
+    with _reject_log(store.directory / "rejected.jsonl") as log, track("scoring", pool.total_bytes) as progress:
+        stream = _Stream(config, pool, store, scorer.renderer, summary, log)
+        for window in windows((item, len(item[1].input_ids)) for item in stream):
+            stats = scorer.score_rendered([rendered for _, rendered in window])
+            store.append([_row(record, s, config) for (record, _), s in zip(window, stats, strict=True)])
+            summary.scored += len(window)
+            summary.input_tokens += sum(s.n_input_tokens for s in stats)
+            summary.scored_tokens += sum(s.n_tokens for s in stats)
+            summary.seconds = time.monotonic() - started
+            _show(progress, pool, summary)
+    stream.refuse_a_changed_pool()
+    _finish(config, store, summary)
+    return summary
+
+
+class _Stream:
+    """The records of the pool that are still to be scored, rendered; rejects go to the log on the way."""
+
+    def __init__(
+        self,
+        config: ScoreConfig,
+        pool: Pool,
+        store: ScoreStore | None,
+        renderer: Renderer,
+        summary: ScoreSummary,
+        log: IO[str] | None,
+    ):
+        self.config, self.pool, self.renderer, self.summary, self.log = config, pool, renderer, summary, log
+        self.known = KeyTable()
+        for key, content in store.keys() if store else ():
+            self.known.add(key, content, met=False)
+        self.resumed = len(self.known) > 0
+        self.changed: tuple[int, str] = (0, "")
+
+    def __iter__(self) -> Iterator[tuple[Record, Rendered]]:
+        for item in self.pool.read(self.config.limit):
+            self.summary.records += 1
+            if isinstance(item, Rejected):
+                self.reject(item.source, item.line, item.reason)
+            elif self._is_new(item):
+                try:
+                    rendered = self.renderer(item)
+                except TemplateError as error:
+                    # The template is at fault, so others will follow: say so before hours are spent. A run that has
+                    # got somewhere goes on instead, since another rendering could not share its directory.
+                    if not self.resumed and not self.summary.scored:
+                        raise UserError(f"{item.source}:{item.line}: {error}") from error
+                    self.reject(item.source, item.line, str(error))
+                except RejectError as error:
+                    self.reject(item.source, item.line, str(error))
+                else:
+                    self.known.add(item.key, item.content_hash(), met=True)
+                    yield item, rendered
+
+    def _is_new(self, record: Record) -> bool:
+        entry = self.known.find(record.key)
+        if entry is None:
+            return True
+        if entry.met:
+            problem, candidate = record.key
+            self.reject(
+                record.source, record.line, f"problem {problem!r} has a candidate {candidate!r} already (duplicate)"
+            )
+            return False
+        if entry.content != KeyTable.short_content(record.content_hash()):
+            self.changed = (self.changed[0] + 1, self.changed[1] or f"{record.source}:{record.line}")
+        self.known.mark(record.key)
+        self.summary.kept += 1
+        return False
+
+    def reject(self, source: str, line: int, reason: str) -> None:
+        """Count and log a record that cannot be used."""
+        self.summary.rejected += 1
+        where = f"{source}:{line}: {reason}"
+        if self.config.strict:
+            raise UserError(f"{where} (--strict)")
+        if len(self.summary.first_rejects) < SHOWN_REJECTS:
+            self.summary.first_rejects.append(where)
+        if self.log is not None:
+            self.log.write(json.dumps({"source": source, "line": line, "reason": reason}) + "\n")
+
+    def refuse_a_changed_pool(self) -> None:
+        """A stored score must not stand for a text that is no longer there."""
+        count, first = self.changed
+        if count:
+            raise UserError(
+                f"{first}: this record's text is not the one that was scored ({count} such records); "
+                "give a changed pool a directory of its own, or --overwrite"
+            )
+
+
+def _dry_run(config: ScoreConfig, pool: Pool) -> ScoreSummary:
+    from lark_fast.student import load_config, load_tokenizer
+
+    student = load_config(config.student, config.trust_remote_code)
+    options = _fitting_options(config.options, getattr(student, "max_position_embeddings", None))
+    tokenizer = load_tokenizer(config.student, config.trust_remote_code)
+    renderer = Renderer(tokenizer, options, vocab_size=student.vocab_size, chat_template=config.chat_template)
+    summary = ScoreSummary(out=config.out)
+    started = time.monotonic()
+    with track("rendering", pool.total_bytes) as progress:
+        for _, rendered in _Stream(config, pool, None, renderer, summary, None):
+            summary.scored += 1
+            summary.input_tokens += len(rendered.input_ids)
+            summary.scored_tokens += rendered.n_scored
+            summary.seconds = time.monotonic() - started
+            _show(progress, pool, summary)
+    return summary
+
+
+def _fitting_options(options: RenderOptions, max_positions: int | None) -> RenderOptions:
+    """The options with max_length held to what the student can read."""
+    if max_positions is None or max_positions >= options.max_length:
+        return options
+    print(
+        f"lark-fast: --max-length {options.max_length} is beyond the student's {max_positions} positions; "
+        f"{max_positions} is used",
+        file=sys.stderr,
+    )
+    return replace(options, max_length=max_positions)
+
+
+def _identity(config: ScoreConfig, scorer: Any) -> dict[str, Any]:
+    """Everything that decides the numbers."""
+    from lark_fast.student import fingerprint
+
+    prints = fingerprint(config.student)
+    return {
+        "student": prints["weights"],
+        "tokenizer": prints["tokenizer"],
+        "template": scorer.renderer.template_hash,
+        "dtype": str(scorer.student.dtype).removeprefix("torch."),
+        "top_k": config.top_k,
+        "per_token": config.per_token,
+        **asdict(scorer.options),
+    }
+
+
+def _row(record: Record, stats: Any, config: ScoreConfig) -> dict[str, Any]:
+    row = {
+        "problem_id": record.key[0],
+        "candidate_id": record.key[1],
+        "teacher": record.teacher,
+        "source": record.source,
+        "n_tokens": stats.n_tokens,
+        "n_input_tokens": stats.n_input_tokens,
+        "truncated": stats.truncated,
+        "nll": stats.nll,
+        "brier": stats.brier,
+        "brier_topk": stats.brier_topk,
+        "entropy": stats.entropy,
+        "rank_mean": stats.rank_mean,
+        "rsr": stats.rsr,
+        "content_hash": record.content_hash(),
+        "token_hash": stats.token_hash,
+    }
+    if config.per_token:
+        row |= {f"token_{name}": getattr(stats.tokens, name).numpy() for name in ("nll", "brier", "entropy", "rank")}
+    return row
+
+
+def _finish(config: ScoreConfig, store: ScoreStore, summary: ScoreSummary) -> None:
+    import torch
+    import transformers
+
+    timing = {
+        "seconds": round(summary.seconds, 3),
+        "input_tokens": summary.input_tokens,
+        "scored_tokens": summary.scored_tokens,
+        "tokens_per_second": round(summary.tokens_per_second, 1),
+    }
+    manifest = store.finish(
+        config={"student": config.student, "pool": list(config.pool), "limit": config.limit},
+        counts={"records": summary.records, "rejected": summary.rejected},
+        timing=timing if summary.scored else store.manifest.get("timing", timing),
+        versions={
+            "lark_fast": lark_fast.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    )
+    summary.rows = manifest["counts"]["rows"]
+    summary.problems = manifest["counts"]["problems"]
+    summary.not_finite = manifest["counts"]["not_finite"]
+    if config.export == "lark-json":
+        export_lark_json(store.directory)
+
+
+@contextmanager
+def _reject_log(path: Path) -> Iterator[IO[str]]:
+    """rejected.jsonl of this pass over the pool; what a stopped run has found so far is kept too."""
+    stopped: BaseException | None = None
+    with atomic_open(path) as log:
+        try:
+            yield log
+        except (UserError, KeyboardInterrupt) as error:
+            stopped = error
+    if stopped is not None:
+        raise stopped
+
+
+def _show(progress: Progress, pool: Pool, summary: ScoreSummary) -> None:
+    rejects = f", {summary.rejected:,} rejected" if summary.rejected else ""
+    progress.update(pool.bytes_read, f"{summary.tokens_per_second:,.0f} tokens/s{rejects}")

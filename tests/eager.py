@@ -1,0 +1,23 @@
+"""How LARK's released scorer computes a trajectory's numbers, in its own way: one record, every logit, top-k, softmax."""
+
+import torch
+import torch.nn.functional as F
+
+
+@torch.no_grad()
+def eager_scores(model, input_ids, start, top_k):
+    """(mean nll, mean top-k Brier) of the tokens from ``start`` on."""
+    ids = torch.tensor([input_ids])
+    logits = model(input_ids=ids).logits[0, start - 1 : -1].float()
+    labels = ids[0, start:]
+    top, where = logits.topk(min(top_k, logits.shape[1]), dim=1)
+    p = F.softmax(top, dim=1)
+    p_label = (p * (where == labels.unsqueeze(1))).sum(1)
+    return F.cross_entropy(logits, labels).item(), (1 - 2 * p_label + (p * p).sum(1)).mean().item()
+
+
+def eager_g_hat(nll, brier):
+    """g_hat of one problem's candidates, as the released code sums it."""
+    rho = [b / x if x > 1e-30 else 0.0 for b, x in zip(brier, nll, strict=True)]
+    total, weighted = sum(nll), sum(r * x for r, x in zip(rho, nll, strict=True))
+    return [x / total * (2 * r - weighted / total) for r, x in zip(rho, nll, strict=True)]
