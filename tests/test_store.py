@@ -1,0 +1,227 @@
+"""The scores directory: finishing, resuming after kill -9, refusing, and growing."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lark_fast import packing, store
+from lark_fast.errors import UserError
+from lark_fast.learnability import g_hat
+from lark_fast.scoring_run import ScoreConfig, score_pool
+from lark_fast.store import ScoreStore, part_files, read_manifest
+from tests.command import ENVIRONMENT, command, make_records, run, write_jsonl, write_student
+
+IDENTITY = {"student": "s", "top_k": None, "per_token": False}
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    return write_student(tmp_path_factory.mktemp("student"))
+
+
+def table(directory):
+    return pa.concat_tables([pq.read_table(part) for part in part_files(directory)])
+
+
+def row(problem, candidate, nll=1.0, brier=0.5, tokens=None):
+    key = f"{problem}/{candidate}".encode()
+    numbers = {"nll": nll, "brier": brier, "entropy": 1.0, "rank_mean": 2.0, "rsr": 3.0}
+    return {
+        "problem_id": str(problem),
+        "candidate_id": str(candidate),
+        "teacher": "t",
+        "source": "pool.jsonl",
+        "n_tokens": 5,
+        "n_input_tokens": 9,
+        "truncated": False,
+        **numbers,
+        "content_hash": key.ljust(16)[:16],
+        "token_hash": (tokens or key).ljust(16)[:16],
+    }
+
+
+def test_g_hat_across_parts_and_groups(tmp_path, monkeypatch):
+    # Three rows a group, so that the group-by takes several passes; problems are spread over all parts.
+    monkeypatch.setattr(store, "GROUP_ROWS", 3)
+    rng = np.random.default_rng(0)
+    rows = [row(i % 7, i, *rng.uniform(0.1, 1, 2)) for i in range(40)]
+    scores = ScoreStore(tmp_path, IDENTITY)
+    for start in range(0, 40, 9):
+        scores.append(rows[start : start + 9])
+    manifest = scores.finish()
+    assert manifest["counts"] == {"rows": 40, "problems": 7, "not_finite": 0}
+    made = table(tmp_path).to_pydict()
+    expected = g_hat([r["nll"] for r in rows], [r["brier"] for r in rows], [r["problem_id"] for r in rows])
+    np.testing.assert_allclose(made["g_hat"], expected, rtol=1e-13)
+    np.testing.assert_allclose(made["rho"], np.array(made["brier"]) / np.array(made["nll"]), rtol=1e-15)
+    assert made["candidate_id"] == [str(i) for i in range(40)]
+
+
+def test_equal_tokens_in_different_parts_share_the_numbers(tmp_path):
+    # Scored in different batches they differ in the last digits; the first one's numbers hold for both.
+    scores = ScoreStore(tmp_path, IDENTITY)
+    scores.append([row(1, 0, 0.5, 0.2, b"same"), row(2, 0, 0.7, 0.2, b"same"), row(1, 1, 0.9, 0.3)])
+    scores.append([row(1, 2, 0.5000001, 0.2000001, b"same")])
+    scores.finish()
+    made = table(tmp_path).to_pydict()
+    assert made["nll"] == [0.5, 0.7, 0.9, 0.5]
+    assert made["g_hat"][0] == made["g_hat"][3]
+
+
+def test_finishing_twice_changes_no_byte(tmp_path):
+    scores = ScoreStore(tmp_path, IDENTITY)
+    scores.append([row(1, 0), row(1, 1, 2.0)])
+    scores.finish()
+    before = [(p.read_bytes(), p.stat().st_mtime_ns) for p in part_files(tmp_path)]
+    ScoreStore(tmp_path, IDENTITY).finish()
+    assert [(p.read_bytes(), p.stat().st_mtime_ns) for p in part_files(tmp_path)] == before
+
+
+def test_refuses_another_identity_and_names_it(tmp_path):
+    ScoreStore(tmp_path, IDENTITY).append([row(1, 0)])
+    with pytest.raises(UserError, match=r"top_k was None, is 50.*--overwrite"):
+        ScoreStore(tmp_path, IDENTITY | {"top_k": 50})
+    ScoreStore(tmp_path, IDENTITY | {"top_k": 50}, overwrite=True)
+    assert part_files(tmp_path) == []
+
+
+def test_leftovers_of_a_killed_run_are_swept(tmp_path):
+    (tmp_path / "part-000000.parquet.tmp").write_bytes(b"torn")
+    ScoreStore(tmp_path, IDENTITY).append([row(1, 0)])
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".tmp"] == []
+
+
+def test_not_a_store(tmp_path):
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        read_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_manifest(tmp_path)
+
+
+def test_kill_9_and_again_is_bit_for_bit_an_uninterrupted_run(tmp_path, student):
+    # Windows of 16 records: many parts, and so many moments to be killed at.
+    pool = write_jsonl(tmp_path / "pool.jsonl", [*make_records(80), {"messages": "broken"}])
+    program = (
+        "import lark_fast.packing as p; p.windows.__defaults__ = (16, 1 << 20);"
+        "from lark_fast.__main__ import main; main()"
+    )
+    python, arguments = command()[0], ["score", "--pool", pool, "--student", student, "--out"]
+
+    def start(out):
+        return subprocess.Popen(
+            [python, "-c", program, *map(str, arguments), str(out)],
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    whole = tmp_path / "whole"
+    process = start(whole)
+    assert process.wait() == 0, process.stderr.read()
+    assert len(part_files(whole)) == 15
+
+    cut, kills, kept = tmp_path / "cut", 0, []
+    for wanted in (1, 4, 11):
+        process = start(cut)
+        while process.poll() is None and len(part_files(cut)) < wanted:
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += process.returncode == -signal.SIGKILL
+        assert [p.read_bytes() for p in part_files(cut)][: len(kept)] == kept, "a finished part was written again"
+        kept = [p.read_bytes() for p in part_files(cut)]
+    assert kills == 3
+    assert not read_manifest(cut)["complete"]
+    process = start(cut)
+    assert process.wait() == 0, process.stderr.read()
+    assert table(cut).equals(table(whole))
+    assert (cut / "rejected.jsonl").read_bytes() == (whole / "rejected.jsonl").read_bytes()
+    ours, theirs = read_manifest(cut), read_manifest(whole)
+    assert {k: v for k, v in ours.items() if k != "timing"} == {k: v for k, v in theirs.items() if k != "timing"}
+
+
+def test_a_grown_pool_scores_only_what_is_new(tmp_path, student):
+    records = list(make_records(10, 4))
+    old = [r for r in records if r["candidate_id"] < 3]
+    pool = write_jsonl(tmp_path / "a.jsonl", old)
+    config = ScoreConfig(pool=(str(tmp_path / "*.jsonl"),), student=str(student), out=str(tmp_path / "grown"))
+    assert score_pool(config).scored == 30
+    before = table(tmp_path / "grown")
+    write_jsonl(tmp_path / "b.jsonl", [r for r in records if r["candidate_id"] == 3])
+    summary = score_pool(config)
+    assert (summary.scored, summary.kept, summary.rows) == (10, 30, 40)
+    after = table(tmp_path / "grown")
+    assert after["nll"][:30] == before["nll"]
+    assert after["g_hat"][:30] != before["g_hat"]
+    pool.unlink()
+    (tmp_path / "b.jsonl").unlink()
+    write_jsonl(tmp_path / "a.jsonl", records)
+    score_pool(ScoreConfig(pool=config.pool, student=config.student, out=str(tmp_path / "once")))
+
+    def by_key(scores):
+        rows = scores.to_pydict()
+        keys = zip(rows["problem_id"], rows["candidate_id"], strict=True)
+        return dict(zip(keys, rows["g_hat"], strict=True))
+
+    once = by_key(table(tmp_path / "once"))
+    assert by_key(after) == pytest.approx(once, rel=1e-4, abs=1e-6)
+
+
+def test_a_changed_text_is_not_passed_over(tmp_path, student):
+    records = list(make_records(3))
+    pool = write_jsonl(tmp_path / "pool.jsonl", records)
+    config = ScoreConfig(pool=(str(pool),), student=str(student), out=str(tmp_path / "s"))
+    score_pool(config)
+    records[4]["messages"][1]["content"] = "Something else."
+    write_jsonl(pool, records)
+    with pytest.raises(UserError, match=r"pool\.jsonl:5: .*not the one that was scored"):
+        score_pool(config)
+
+
+def test_batches_never_depend_on_where_a_run_stopped():
+    items = [(i, 1 + i * 7 % 13) for i in range(100)]
+    whole = list(packing.windows(items, 8, 40))
+    done = sum(len(window) for window in whole[:5])
+    assert list(packing.windows(items[done:], 8, 40)) == whole[5:]
+    lengths = [5, 5, 9, 1, 100, 3]
+    batches = list(packing.length_batches(lengths, 20))
+    assert sorted(i for batch in batches for i in batch) == list(range(6))
+    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 20 for b in batches)
+
+
+def test_interrupt_keeps_what_is_finished(tmp_path, student):
+    pool = write_jsonl(tmp_path / "pool.jsonl", make_records(4000))
+    process = subprocess.Popen(
+        command("score", "--pool", pool, "--student", student, "--out", tmp_path / "s"),
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not part_files(tmp_path / "s"):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    assert "goes on from there" in process.stderr.read()
+    rows = len(table(tmp_path / "s"))
+    assert rows >= 4096
+    again = run("score", "--pool", pool, "--student", student, "--out", tmp_path / "s")
+    assert f"{rows:,} trajectories had been scored before" in again.stdout
+
+
+def test_manifest_says_what_made_the_numbers(tmp_path, student):
+    pool = write_jsonl(tmp_path / "pool.jsonl", make_records(2))
+    run("score", "--pool", pool, "--student", student, "--out", tmp_path / "s", "--top-k", 5)
+    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
+    assert manifest["complete"]
+    assert manifest["brier"] == "brier_topk"
+    assert manifest["counts"] == {"records": 6, "rejected": 0, "rows": 6, "problems": 2, "not_finite": 0}
+    assert len(manifest["identity"]["student"]) == len(manifest["identity"]["template"]) == 64
+    assert set(manifest["versions"]) == {"lark_fast", "torch", "transformers", "python"}
