@@ -2,9 +2,15 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+
+if TYPE_CHECKING:
+    from lark_fast.rendering import RenderOptions
+    from lark_fast.scoring_run import ScoreSummary
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="lark-fast",
@@ -15,15 +21,21 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _version(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and end.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         from lark_fast import __version__
 
         print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 class Span(StrEnum):
@@ -122,17 +134,8 @@ def score(
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
     """One forward pass over every trajectory of a pool: nll, Brier score, entropy, rank, rho and g_hat."""
-    from lark_fast.rendering import RenderOptions
     from lark_fast.scoring_run import ScoreConfig, score_pool
 
-    options = RenderOptions(
-        span=span.value,
-        render=render.value,
-        system=system.value,
-        last_turn_only=last_turn_only,
-        long=long.value,
-        max_length=max_length,
-    )
     config = ScoreConfig(
         pool=tuple(pool),
         student=student,
@@ -140,7 +143,7 @@ def score(
         top_k=top_k,
         dtype=dtype,
         device=device,
-        options=options,
+        options=_options(span, render, system, last_turn_only, long, max_length),
         chat_template=_template(chat_template),
         tokens_per_batch=_tokens_per_batch(tokens_per_batch),
         limit=limit,
@@ -155,6 +158,137 @@ def score(
     _print_score_summary(summary, dry_run)
     if not (summary.scored or summary.kept):
         raise typer.Exit(3)
+
+
+@app.command()
+def select(
+    scores: Annotated[str, typer.Option(help="What `lark-fast score --out` wrote.")],
+    pool: PoolOption,
+    out: Annotated[str, typer.Option(help="Directory of the selection: train.jsonl and manifest.json.")],
+    budget: Annotated[int | None, typer.Option(help="Candidates of a problem that get weight. Default: 3.")] = None,
+    tau: Annotated[float | None, typer.Option(help="Strength of the chi-squared penalty, instead of a budget.")] = None,
+    policy: Annotated[str, typer.Option(help="chi2, topb, random, nll or rsr.")] = "chi2",
+    ties: Annotated[Ties, typer.Option(help="reference: ties as LARK's released code treats them.")] = Ties.exact,
+    seed: Annotated[int, typer.Option(help="Of the policy random.")] = 0,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Choose a weighted subset of each problem's candidates; no forward pass."""
+    from lark_fast.selection import SelectConfig
+    from lark_fast.selection import select as run
+
+    config = SelectConfig(
+        scores=scores,
+        pool=tuple(pool),
+        out=out,
+        budget=budget,
+        tau=tau,
+        policy=policy,
+        ties=ties.value,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    summary = run(config)
+    for line in summary.lines():
+        _say(line)
+    if not summary.rows:
+        raise typer.Exit(3)
+
+
+@app.command()
+def train(
+    data: Annotated[str, typer.Option(help="train.jsonl of a selection: messages and a weight each.")],
+    student: StudentOption,
+    out: Annotated[str, typer.Option(help="Directory of the checkpoint; the same command again goes on.")],
+    eval_data: Annotated[str | None, typer.Option(help="Held-out trajectories: their nll before and after.")] = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 3,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-5,
+    global_batch: Annotated[int, typer.Option(min=1, help="Trajectories of a step.")] = 64,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Trajectories of a forward pass. Default: fit.")] = None,
+    warmup_ratio: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps that warm up.")] = 0.05,
+    weight_decay: Annotated[float, typer.Option(min=0)] = 0.0,
+    clip: Annotated[float, typer.Option(min=0, help="Largest gradient norm of a step; 0: no limit.")] = 1.0,
+    loss_norm: Annotated[LossNorm, typer.Option(help="Weigh trajectories or tokens.")] = LossNorm.trajectory,
+    max_length: MaxLengthOption = 32768,
+    dtype: Annotated[str, typer.Option(help="auto, float32, or bfloat16 (autocast over float32 weights).")] = "auto",
+    device: DeviceOption = "auto",
+    seed: int = 0,
+    save_every: Annotated[int, typer.Option(min=0, help="Steps between resume states; 0: none.")] = 100,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, slower.")] = False,
+    span: SpanOption = Span.turn,
+    render: RenderOption = Render.template,
+    system: SystemOption = System.keep,
+    chat_template: TemplateOption = None,
+    last_turn_only: LastTurnOption = False,
+    overwrite: OverwriteOption = False,
+    trust_remote_code: RemoteCodeOption = False,
+) -> None:
+    """Fine-tune the student on weighted trajectories."""
+    from lark_fast.training import train as run
+    from lark_fast.training_config import TrainConfig
+
+    config = _checked(
+        TrainConfig,
+        data=data,
+        student=student,
+        out=out,
+        eval_data=eval_data,
+        epochs=epochs,
+        lr=lr,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        warmup_ratio=warmup_ratio,
+        weight_decay=weight_decay,
+        clip=clip,
+        loss_norm=loss_norm.value,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        save_every=save_every,
+        gradient_checkpointing=gradient_checkpointing,
+        options=_options(span, render, system, last_turn_only, Long.truncate, max_length),
+        chat_template=_template(chat_template),
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+    for line in run(config).lines():
+        _say(line)
+
+
+@app.command()
+def inspect(
+    pool: PoolOption,
+    student: StudentOption,
+    record: Annotated[int, typer.Option(min=1, help="Which record of the pool, counted from 1.")] = 1,
+    max_length: MaxLengthOption = 32768,
+    span: SpanOption = Span.turn,
+    render: RenderOption = Render.template,
+    system: SystemOption = System.keep,
+    chat_template: TemplateOption = None,
+    last_turn_only: LastTurnOption = False,
+    long: LongOption = Long.truncate,
+    trust_remote_code: RemoteCodeOption = False,
+) -> None:
+    """Show a record as the student sees it, its scored tokens coloured."""
+    from rich.console import Console
+
+    from lark_fast.inspection import find_record, inspect_record
+    from lark_fast.rendering import Renderer
+    from lark_fast.student import load_tokenizer
+
+    found = find_record(pool, record)
+    options = _options(span, render, system, last_turn_only, long, max_length)
+    tokenizer = load_tokenizer(student, trust_remote_code)
+    inspect_record(found, Renderer(tokenizer, options, chat_template=_template(chat_template)), Console())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for everything the demo makes.")] = Path("lark-fast-demo"),
+) -> None:
+    """The whole path on an embedded pool and a small student that it trains itself: on a CPU, in minutes."""
+    from lark_fast.demo.run import run_demo
+
+    run_demo(out)
 
 
 def _print_score_summary(summary: "ScoreSummary", dry_run: bool) -> None:
@@ -180,6 +314,31 @@ def _print_score_summary(summary: "ScoreSummary", dry_run: bool) -> None:
             _say(f"  {line}")
 
 
+def _options(
+    span: Span, render: Render, system: System, last_turn_only: bool, long: Long, max_length: int
+) -> "RenderOptions":
+    from lark_fast.rendering import RenderOptions
+
+    return RenderOptions(
+        span=span.value,
+        render=render.value,
+        system=system.value,
+        last_turn_only=last_turn_only,
+        long=long.value,
+        max_length=max_length,
+    )
+
+
+def _checked(kind: type[T], **values: Any) -> T:
+    """Make a config; a value out of range is the user's to mend."""
+    from lark_fast.errors import UserError
+
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def _template(path: Path | None) -> str | None:
     from lark_fast.errors import UserError
 
@@ -198,5 +357,7 @@ def _tokens_per_batch(text: str) -> int | None:
 
 
 def _say(line: str) -> None:
-    """Print a line whose text may come from a pool: control characters never reach the terminal."""
-    print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), flush=True)
+    """Print a line whose text may come from a pool: nothing in it acts on the terminal."""
+    from lark_fast.inspection import visible
+
+    print(visible(line), flush=True)

@@ -155,6 +155,7 @@ def load_student(
     Raises:
         UserError: nothing there, or it cannot be loaded; the message says what is missing.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -170,7 +171,7 @@ def load_student(
         )
         model = model.to(place).eval().requires_grad_(False)
         return Student(model, load_tokenizer(path, trust_remote_code) if tokenizer else None, path)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be loaded as a student: {_one_line(error)}") from error
 
 

@@ -1,0 +1,131 @@
+"""A pool: files, in order, become Records; whatever cannot be one becomes a Rejected with the reason."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lark_fast.decoding import read_chunks
+from lark_fast.errors import RejectError
+from lark_fast.json_list import split_list
+from lark_fast.parquet_rows import read_parquet_rows
+from lark_fast.pool_files import cannot_read, find_pool_files
+from lark_fast.records import Record, normalise
+from lark_fast.splitting import Unsplit, split_lines
+
+_BOM = "\ufeff"
+_BLANK = re.compile(rb"\s*(?:\xef\xbb\xbf)?\s*")
+_PARQUET = b"PAR1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejected:
+    """One record, or the rest of a damaged file, that cannot be used."""
+
+    source: str
+    line: int
+    reason: str
+
+
+class Pool:
+    """The records behind a list of paths, read one after the other in bounded memory.
+
+    Attributes: ``files``, in reading order; ``total_bytes``, their size on disk; ``bytes_read``, how much of that
+    the reading under way has covered.
+    """
+
+    def __init__(self, paths: Sequence[str], *, max_record_bytes: int = 64 << 20) -> None:
+        """Find the files; UserError when there is nothing behind a path."""
+        self.files = find_pool_files([paths] if isinstance(paths, str | os.PathLike) else paths)
+        self.max_record_bytes = max_record_bytes
+        self._sizes = [_size(file) for file in self.files]
+        self.total_bytes = sum(self._sizes)
+        self.bytes_read = 0
+
+    def read(self, limit: int | None = None) -> Iterator[Record | Rejected]:
+        """Yield every record of the pool in order, usable or not, at most ``limit`` of them.
+
+        Raises UserError when a file has gone or cannot be read.
+        """
+        self.bytes_read = ordinal = 0
+        if limit == 0:
+            return
+        for index, file in enumerate(self.files):
+            source = str(file)
+            with closing(self._read_file(file)) as raws:
+                for line, raw in raws:
+                    yield _record_or_reject(raw, source, line, ordinal)
+                    ordinal += 1
+                    if ordinal == limit:
+                        return
+            self.bytes_read = sum(self._sizes[: index + 1])
+
+    def _read_file(self, file: Path) -> Iterator[tuple[int, bytes | dict[str, Any] | RejectError]]:
+        if _is_parquet(file):
+            return read_parquet_rows(file, self._count, self.max_record_bytes)
+        return _split_records(read_chunks(file, self._count), self.max_record_bytes)
+
+    def _count(self, size: int) -> None:
+        self.bytes_read += size
+
+
+def _split_records(chunks: Iterator[bytes], max_record_bytes: int) -> Iterator[tuple[int, bytes | RejectError]]:
+    """Yield (line, text) for every record of a JSONL file or a JSON list, told apart by the first character.
+
+    In place of a text comes the RejectError that says why there is none; the last one tells of damage to the file.
+    What follows a list is read as a file of its own.
+    """
+    unsplit = Unsplit(chunks)
+    while unsplit.skip(_BLANK):
+        split = split_list if unsplit.data.startswith(b"[") else split_lines
+        yield from split(unsplit, max_record_bytes)
+    if unsplit.damage is not None:
+        yield unsplit.line, RejectError(str(unsplit.damage))
+
+
+def _record_or_reject(
+    raw: bytes | dict[str, Any] | RejectError, source: str, line: int, ordinal: int
+) -> Record | Rejected:
+    try:
+        if isinstance(raw, RejectError):
+            raise raw
+        if isinstance(raw, bytes):
+            raw = _parse_json(raw)
+        return normalise(raw, source=source, line=line, ordinal=ordinal)
+    except RejectError as error:
+        return Rejected(source=source, line=line, reason=str(error))
+
+
+def _parse_json(text: bytes) -> Any:
+    try:
+        # json.loads would guess the encoding of bytes and let surrogates pass.
+        return json.loads(text.decode().removeprefix(_BOM))
+    except UnicodeDecodeError as error:
+        raise RejectError(f"not UTF-8: byte 0x{text[error.start]:02x} at offset {error.start} of the record") from None
+    except json.JSONDecodeError as error:
+        raise RejectError(f"invalid JSON: {error.msg} at character {error.pos + 1} of the record") from None
+    except RecursionError:
+        raise RejectError("the JSON is nested too deeply") from None
+    except ValueError:
+        raise RejectError("the JSON holds an integer of too many digits") from None
+
+
+def _is_parquet(file: Path) -> bool:
+    if file.name.lower().endswith(".parquet"):
+        return True
+    try:
+        with open(file, "rb") as stream:
+            return stream.read(len(_PARQUET)) == _PARQUET
+    except OSError as error:
+        raise cannot_read(file, error) from None
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise cannot_read(file, error) from None
