@@ -203,7 +203,9 @@ def train(
     epochs: Annotated[int, typer.Option(min=1)] = 3,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-5,
     global_batch: Annotated[int, typer.Option(min=1, help="Trajectories of a step.")] = 64,
-    micro_batch: Annotated[int | None, typer.Option(min=1, help="Trajectories of a forward pass. Default: fit.")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Trajectories of a forward pass. Default: fit.")
+    ] = None,
     warmup_ratio: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps that warm up.")] = 0.05,
     weight_decay: Annotated[float, typer.Option(min=0)] = 0.0,
     clip: Annotated[float, typer.Option(min=0, help="Largest gradient norm of a step; 0: no limit.")] = 1.0,
@@ -213,7 +215,9 @@ def train(
     device: DeviceOption = "auto",
     seed: int = 0,
     save_every: Annotated[int, typer.Option(min=0, help="Steps between resume states; 0: none.")] = 100,
-    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, slower.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, slower.")
+    ] = False,
     span: SpanOption = Span.turn,
     render: RenderOption = Render.template,
     system: SystemOption = System.keep,

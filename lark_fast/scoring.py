@@ -254,6 +254,8 @@ def _split(stats: TokenStats, lengths: list[int]) -> list[TokenStats]:
 
 
 def _as_lists(values: Any) -> list:
-    return values.tolist() if isinstance(values, Tensor | np.ndarray) else [
-        row.tolist() if isinstance(row, Tensor | np.ndarray) else row for row in values
-    ]
+    return (
+        values.tolist()
+        if isinstance(values, Tensor | np.ndarray)
+        else [row.tolist() if isinstance(row, Tensor | np.ndarray) else row for row in values]
+    )

@@ -25,7 +25,12 @@ from lark_fast.learnability import g_hat, rho
 FORMAT = 1
 GROUP_ROWS = 1_000_000  # rows whose problems are grouped in memory at a time
 STATISTICS = ("nll", "brier", "brier_topk", "entropy", "rank_mean", "rsr")
-PER_TOKEN = {"token_nll": pa.float32(), "token_brier": pa.float32(), "token_entropy": pa.float32(), "token_rank": pa.int32()}
+PER_TOKEN = {
+    "token_nll": pa.float32(),
+    "token_brier": pa.float32(),
+    "token_entropy": pa.float32(),
+    "token_rank": pa.int32(),
+}
 
 
 def schema(*, top_k: int | None, per_token: bool = False, final: bool = False) -> pa.Schema:
@@ -73,11 +78,9 @@ class ScoreStore:
                 leftover.unlink()
         except OSError as error:
             raise UserError(f"--out {directory}: cannot be written to: {error.strerror}") from error
-        if self.manifest_path.exists():
+        if self.parts():
             self.manifest = read_manifest(self.directory)
             self._refuse_another_identity(self.manifest["identity"])
-        elif self.parts():
-            raise UserError(f"--out {directory}: has parts but no manifest.json; give --overwrite or another directory")
         else:
             self.write_manifest(complete=False)
 
@@ -205,7 +208,9 @@ class ScoreStore:
     def _refuse_another_identity(self, stored: dict[str, Any]) -> None:
         differing = [name for name in {**stored, **self.identity} if stored.get(name) != self.identity.get(name)]
         if differing:
-            changes = "; ".join(f"{name} was {stored.get(name)!r}, is {self.identity.get(name)!r}" for name in differing)
+            changes = "; ".join(
+                f"{name} was {stored.get(name)!r}, is {self.identity.get(name)!r}" for name in differing
+            )
             raise UserError(
                 f"--out {self.directory}: holds scores made otherwise ({changes}); "
                 "give another directory, or --overwrite to throw them away"

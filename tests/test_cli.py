@@ -154,9 +154,10 @@ def test_a_broken_checkpoint_is_one_line(tmp_path, pool, student):
     broken = tmp_path / "broken"
     tiny_llama().save_pretrained(broken)
     (broken / "model.safetensors").write_bytes(b"torn")
-    assert "cannot be loaded" in run(
-        *("score", "--pool", pool, "--student", broken, "--out", tmp_path / "s"), code=2
-    ).stderr
+    assert (
+        "cannot be loaded"
+        in run(*("score", "--pool", pool, "--student", broken, "--out", tmp_path / "s"), code=2).stderr
+    )
 
 
 def test_a_thousand_mutated_lines_are_rows_or_rejects(tmp_path, student):

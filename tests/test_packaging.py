@@ -84,15 +84,31 @@ def test_transformers_does_not_take_our_kernels_for_its_own():
 def test_import_is_lean():
     program = "import sys, lark_fast; print({'torch', 'triton', 'transformers', 'numpy', 'pyarrow'} & set(sys.modules))"
     assert python("-c", program, cwd=ROOT).strip() == "set()"
-    program = "import sys; from lark_fast import token_stats, g_hat; print({'triton', 'transformers'} & set(sys.modules))"
+    program = (
+        "import sys; from lark_fast import token_stats, g_hat; print({'triton', 'transformers'} & set(sys.modules))"
+    )
     assert python("-c", program, cwd=ROOT).strip() == "set()"
 
 
 def test_public_names():
-    program = "import lark_fast; print(*(getattr(lark_fast, n).__name__ for n in lark_fast.__all__), len(dir(lark_fast)))"
+    program = (
+        "import lark_fast; print(*(getattr(lark_fast, n).__name__ for n in lark_fast.__all__), len(dir(lark_fast)))"
+    )
     printed = python("-c", program, cwd=ROOT).split()[:-1]
-    assert printed == ["Scorer", "TrajectoryScore", "TokenStats", "g_hat", "chi2_weights", "token_stats", "linear_cross_entropy"]
-    python("-c", "import lark_fast\ntry: lark_fast.nothing\nexcept AttributeError: pass\nelse: raise SystemExit(1)", cwd=ROOT)
+    assert printed == [
+        "Scorer",
+        "TrajectoryScore",
+        "TokenStats",
+        "g_hat",
+        "chi2_weights",
+        "token_stats",
+        "linear_cross_entropy",
+    ]
+    python(
+        "-c",
+        "import lark_fast\ntry: lark_fast.nothing\nexcept AttributeError: pass\nelse: raise SystemExit(1)",
+        cwd=ROOT,
+    )
 
 
 def version():

@@ -103,7 +103,11 @@ def test_bfloat16_batch_mates_within_its_resolution(tokenizer):
 def test_equal_candidates_tie_exactly(tokenizer):
     # The twins would land in different batches, and so get different roundings, were they not scored once.
     model = tiny_llama(len(tokenizer))
-    twins = [record(ANSWERS[1], "p", 0), *[record(a, "p", 9 + i) for i, a in enumerate(ANSWERS)], record(ANSWERS[1], "p", 1)]
+    twins = [
+        record(ANSWERS[1], "p", 0),
+        *[record(a, "p", 9 + i) for i, a in enumerate(ANSWERS)],
+        record(ANSWERS[1], "p", 1),
+    ]
     scores = Scorer(model, tokenizer, tokens_per_batch=70).score(twins)
     assert scores[0].nll == scores[2].nll == scores[-1].nll
     assert scores[0].brier == scores[-1].brier

@@ -26,7 +26,9 @@ def assert_close(ours, truth, rtol=2e-5):
         a, b = getattr(ours, field), getattr(truth, field)
         if b is not None:
             assert torch.equal(a.isnan(), b.isnan()), field
-            torch.testing.assert_close(a.double(), b, rtol=rtol, atol=1e-6, equal_nan=True, msg=lambda m, f=field: f"{f}: {m}")
+            torch.testing.assert_close(
+                a.double(), b, rtol=rtol, atol=1e-6, equal_nan=True, msg=lambda m, f=field: f"{f}: {m}"
+            )
     assert torch.equal(ours.rank, truth.rank)
 
 

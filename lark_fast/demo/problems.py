@@ -46,12 +46,16 @@ def make_problem(rng: random.Random) -> Problem:
     steps = []
     for _ in range(rng.choice([2, 2, 3])):
         sign = rng.choice("++-*" if 5 < value < 25 else "+-" if value >= 25 else "++*")
-        amount = {"+": rng.randint(2, 15), "-": rng.randint(1, max(1, min(value - 1, 12))), "*": rng.randint(2, 4)}[sign]
+        amount = {"+": rng.randint(2, 15), "-": rng.randint(1, max(1, min(value - 1, 12))), "*": rng.randint(2, 4)}[
+            sign
+        ]
         after = {"+": value + amount, "-": value - amount, "*": value * amount}[sign]
         sentence = {
             "+": rng.choice([f"A friend gives {name} {amount} more.", f"Then {name} finds {amount} more."]),
             "-": rng.choice([f"{name} loses {amount} of them.", f"Then {name} gives {amount} away."]),
-            "*": rng.choice([f"By the next week there are {amount} times as many.", f"Then the number grows {amount}-fold."]),
+            "*": rng.choice(
+                [f"By the next week there are {amount} times as many.", f"Then the number grows {amount}-fold."]
+            ),
         }[sign]
         steps.append(Step(sign, value, amount, after, sentence))
         value = after

@@ -58,12 +58,12 @@ def run_demo(out: Path, *, scale: float = 1.0) -> list[Gain]:
     make_student(untaught, _texts(school))
     _train(school, untaught, student, epochs=max(1, round(3 * scale)), lr=3e-3, global_batch=32)
     before = solved_share(student, held_out)
-    console.print(f"A Llama of 0.9 M parameters read {size['school'] * 6:,} answers and solves {before:.0%} of new problems.")
+    console.print(
+        f"A Llama of 0.9 M parameters read {size['school'] * 6:,} answers and solves {before:.0%} of new problems."
+    )
 
     console.rule("2. lark-fast score")
-    summary = score_pool(
-        ScoreConfig(pool=(str(pool),), student=str(student), out=str(out / "scores"), overwrite=True)
-    )
+    summary = score_pool(ScoreConfig(pool=(str(pool),), student=str(student), out=str(out / "scores"), overwrite=True))
     console.print(
         f"{summary.rows:,} trajectories of {summary.problems:,} problems by 6 teachers, "
         f"{summary.tokens_per_second:,.0f} tokens/s"
@@ -75,7 +75,12 @@ def run_demo(out: Path, *, scale: float = 1.0) -> list[Gain]:
         chosen = out / f"selection-{policy}"
         selection = select(
             SelectConfig(
-                scores=str(out / "scores"), pool=(str(pool),), out=str(chosen), budget=BUDGET, policy=policy, overwrite=True
+                scores=str(out / "scores"),
+                pool=(str(pool),),
+                out=str(chosen),
+                budget=BUDGET,
+                policy=policy,
+                overwrite=True,
             )
         )
         trained = _train(

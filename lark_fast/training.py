@@ -1,0 +1,242 @@
+"""``lark-fast train``: weighted supervised fine-tuning of a student on a selection.
+
+The way of the data: training_data (files -> tokens) -> training_batches (steps, micro-batches) -> training_step (loss,
+gradient, AdamW), with objective for the formulas, training_state for the directory of the run and training_output for
+what it leaves.
+"""
+
+import math
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lark_fast
+from lark_fast.errors import UserError
+from lark_fast.progress import Progress, track
+from lark_fast.rendering import Renderer
+from lark_fast.student import fingerprint, load_student, student_files
+from lark_fast.training_config import TrainConfig, TrainSummary
+from lark_fast.training_data import TrainingSet, load_training_set
+from lark_fast.training_output import checkpoint_dtype, draw_losses, write_checkpoint
+from lark_fast.training_state import RunDirectory
+from lark_fast.training_step import Measured, Trainer
+
+__all__ = ["TrainConfig", "TrainSummary", "train"]
+
+# What decides the numbers but for rounding; device, micro_batch and gradient_checkpointing only decide how.
+IDENTITY = (
+    "epochs", "lr", "global_batch", "warmup_ratio", "weight_decay", "betas", "clip", "loss_norm", "seed",
+)  # fmt: skip
+
+
+def train(config: TrainConfig) -> TrainSummary:
+    """Fine-tune a student; called again with the same config, go on where an earlier call was stopped.
+
+    Returns:
+        Counts, losses and timing; ``already_complete`` where there was nothing left to do.
+
+    Raises:
+        UserError: bad input, a directory that belongs to another run, no memory, a loss or gradient that is not finite.
+        KeyboardInterrupt: stopped by hand; the finished steps are kept.
+    """
+    _refuse_overlap(config)
+    student = load_student(
+        config.student, device=config.device, dtype="float32", trust_remote_code=config.trust_remote_code
+    )
+    bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and _has_bfloat16(student.device))
+    limit = min(config.options.max_length, student.max_positions or config.options.max_length)
+    options = replace(config.options, max_length=limit)
+    renderer = Renderer(student.tokenizer, options, vocab_size=student.vocab_size, chat_template=config.chat_template)
+    data = load_training_set(config.data, renderer)
+    held_out = None if config.eval_data is None else load_training_set(config.eval_data, renderer, weighted=False)
+    if data.truncated:
+        print(f"lark-fast: {data.truncated} of {len(data)} trajectories are cut at {limit} tokens", file=sys.stderr)
+    identity = {
+        "student": fingerprint(config.student),
+        "data": data.hash(),
+        "eval_data": None if held_out is None else held_out.hash(),
+        "template": renderer.template_hash,
+        "dtype": "bfloat16" if bfloat16 else "float32",
+        **{name: getattr(config, name) for name in IDENTITY},
+        **asdict(options),
+    }
+    directory = RunDirectory(config.out, identity, overwrite=config.overwrite)
+    if directory.complete:
+        return _summary(directory, already_complete=True)
+    trainer = Trainer(student, data, config, bfloat16=bfloat16)
+    devices = [student.device] if student.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        try:
+            timing = _run(trainer, held_out, directory)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                "the GPU has no memory left: lower --micro-batch, give --gradient-checkpointing, or lower --max-length"
+            ) from error
+    return _finish(config, trainer, directory, timing)
+
+
+@dataclass(slots=True)
+class _Timing:
+    """Of the steps of this call."""
+
+    resumed_from: int | None
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def _run(trainer: Trainer, held_out: TrainingSet | None, directory: RunDirectory) -> _Timing:
+    """All steps that are not done yet."""
+    config = trainer.config
+    timing = _Timing(directory.resume(trainer.model, trainer.optimizer))
+    done = saved = timing.resumed_from or 0
+    if timing.resumed_from is None and held_out is not None:
+        directory.log({"step": 0, "epoch": 0, "eval_loss": _evaluate(trainer, held_out, 0)})
+    whole = True  # weights, optimiser and log all stand at `done` steps
+    try:
+        with track("training", trainer.steps - done) as progress:
+            for step in range(done, trainer.steps):
+                started = time.monotonic()
+                measured = trainer.measure(step)
+                _refuse_what_is_not_finite(measured, step, trainer.data)
+                whole = False
+                trainer.update(step)
+                seconds = time.monotonic() - started
+                timing.tokens += measured.tokens
+                timing.seconds += seconds
+                line = _line(trainer, measured, step, seconds)
+                if held_out is not None and (step + 1) % trainer.steps_per_epoch == 0:
+                    line["eval_loss"] = _evaluate(trainer, held_out, step + 1)
+                directory.log(line)
+                done, whole = step + 1, True
+                _show(progress, done - (timing.resumed_from or 0), measured, timing)
+                if config.save_every and done % config.save_every == 0:
+                    directory.save(done, trainer.model, trainer.optimizer)
+                    saved = done
+    except KeyboardInterrupt:
+        if whole and done > saved:
+            directory.save(done, trainer.model, trainer.optimizer)
+        raise
+    return timing
+
+
+def _line(trainer: Trainer, measured: Measured, step: int, seconds: float) -> dict[str, Any]:
+    """A line of metrics.jsonl; only tokens_per_s differs when a run is repeated."""
+    return {
+        "step": step + 1,
+        "epoch": step // trainer.steps_per_epoch + 1,
+        "loss": measured.loss,
+        "lr": trainer.lr(step),
+        "grad_norm": measured.grad_norm,
+        "tokens": measured.tokens,
+        "tokens_per_s": round(measured.tokens / seconds, 1),
+    }
+
+
+def _evaluate(trainer: Trainer, held_out: TrainingSet, steps: int) -> float:
+    loss = trainer.evaluate(held_out)
+    if not math.isfinite(loss):
+        raise UserError(f"after step {steps} the held-out loss is {loss}; lower --lr or look at --eval-data")
+    return loss
+
+
+def _refuse_what_is_not_finite(measured: Measured, step: int, data: TrainingSet) -> None:
+    if not (math.isfinite(measured.loss) and math.isfinite(measured.grad_norm)):
+        raise UserError(
+            f"step {step + 1}: the loss is {measured.loss:.6g}, the gradient norm {measured.grad_norm:.6g}; training "
+            f"stops before it. Lower --lr, or look at the rows of this batch: {data.where(measured.rows)}"
+        )
+
+
+def _show(progress: Progress, done: int, measured: Measured, timing: _Timing) -> None:
+    progress.update(done, f"loss {measured.loss:.4f}, {timing.tokens_per_second:,.0f} tokens/s")
+
+
+def _finish(config: TrainConfig, trainer: Trainer, directory: RunDirectory, timing: _Timing) -> TrainSummary:
+    """Checkpoint, picture and manifest, in this order: the manifest says that the others are there."""
+    import transformers
+
+    data, metrics = trainer.data, directory.metrics()
+    dtype = checkpoint_dtype(config.student, trust_remote_code=config.trust_remote_code)
+    files = write_checkpoint(
+        trainer.student,
+        directory.path,
+        dtype=dtype,
+        chat_template=config.chat_template,
+        with_code=config.trust_remote_code,
+    )
+    if draw_losses(metrics, directory.path / "loss.png"):
+        files.append("loss.png")
+    losses = [line["loss"] for line in metrics if "loss" in line]
+    directory.write_manifest(
+        complete=True,
+        config=asdict(config),
+        counts={
+            "trajectories": len(data),
+            "dropped": data.dropped,
+            "truncated": data.truncated,
+            "input_tokens": len(data.ids),
+            "scored_tokens": int(data.n_scored.sum()),
+            "steps": trainer.steps,
+        },
+        losses={
+            "first": losses[0],
+            "last": losses[-1],
+            "held_out": [line["eval_loss"] for line in metrics if "eval_loss" in line],
+        },
+        timing={
+            "resumed_from": timing.resumed_from,
+            "seconds": round(timing.seconds, 3),
+            "tokens_per_second": round(timing.tokens_per_second, 1),
+        },
+        versions={
+            "lark_fast": lark_fast.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        device=str(trainer.student.device),
+        files=files,
+    )
+    directory.forget_states()
+    return _summary(directory)
+
+
+def _summary(directory: RunDirectory, *, already_complete: bool = False) -> TrainSummary:
+    """What the manifest of a complete run says."""
+    counts, losses, timing = (directory.manifest[name] for name in ("counts", "losses", "timing"))
+    return TrainSummary(
+        out=str(directory.path),
+        trajectories=counts["trajectories"],
+        dropped=counts["dropped"],
+        truncated=counts["truncated"],
+        steps=counts["steps"],
+        first_loss=losses["first"],
+        last_loss=losses["last"],
+        eval_losses=tuple(losses["held_out"]),
+        already_complete=already_complete,
+        **timing,
+    )
+
+
+def _refuse_overlap(config: TrainConfig) -> None:
+    """The run's directory may not be, or hold, what the run reads."""
+    out = Path(config.out).resolve()
+    paths = {"--student": student_files(config.student), "--data": Path(config.data)}
+    if config.eval_data is not None:
+        paths["--eval-data"] = Path(config.eval_data)
+    for name, path in paths.items():
+        if path.resolve().is_relative_to(out):
+            raise UserError(f"--out {config.out}: holds {name} {path}; give another directory")
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
