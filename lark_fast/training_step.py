@@ -38,7 +38,9 @@ class Trainer:
         self.student, self.data, self.config, self.bfloat16 = student, data, config, bfloat16
         self.model = student.model.requires_grad_(True)
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            # Later releases of Transformers give the same switch another name.
+            older = self.model.gradient_checkpointing_enable
+            getattr(self.model, "activation_checkpointing_enable", older)({"use_reentrant": False})
         self.steps_per_epoch = steps_per_epoch(len(data), config.global_batch)
         self.steps = config.epochs * self.steps_per_epoch
         self._mean_weight = mean_weight(data.weights, data.n_scored, config.loss_norm)

@@ -40,9 +40,12 @@ def data(tmp_path):
 
 
 def differ(a, b):
-    """The largest difference of two runs' losses and gradient norms, relative."""
-    pairs = [(x[name], y[name]) for x, y in zip(a, b, strict=True) for name in ("loss", "grad_norm")]
-    return max(abs(x / y - 1) for x, y in pairs)
+    """The largest relative difference of two runs' losses, and of the gradient norms before the first step.
+
+    Later norms drift: Adam turns rounding into steps of full size wherever a gradient is near zero.
+    """
+    pairs = [(x["loss"], y["loss"]) for x, y in zip(a, b, strict=True)]
+    return max(abs(x / y - 1) for x, y in [*pairs, (a[0]["grad_norm"], b[0]["grad_norm"])])
 
 
 def largest_difference_of_micro_batches(tmp_path, data, student, **settings):
@@ -104,7 +107,7 @@ def token_rows():
 @pytest.mark.parametrize("loss_norm", ["trajectory", "token"])
 def test_a_step_is_its_definition(tmp_path, name, loss_norm):
     # Step 2 is the last of its epoch: 3 rows where the others have 6. The heads differ in tying, bias, cap and scale.
-    model = TINY_MODELS[name](attn_implementation="sdpa")
+    model = TINY_MODELS[name]()
     rows = [*weighted_rows(4), *token_rows()]
     ours, data = trainer(model, rows, tmp_path, global_batch=6, micro_batch=2, loss_norm=loss_norm, clip=0.0)
     measured = ours.measure(2)

@@ -1,0 +1,270 @@
+"""A training run's directory: what it leaves, how it goes on after any end, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lark_fast.errors import UserError
+from tests.command import ENVIRONMENT, command
+from tests.templates import CHATML
+from tests.tiny import byte_level_tokenizer, tiny_llama, tiny_qwen2
+from tests.training_runs import metrics, run, save_student, weighted_rows, write_data
+
+LONG = {"epochs": 8, "global_batch": 2, "lr": 1e-3}  # 48 steps
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    # As ENVIRONMENT has it for other processes: sums in another order have other last bits.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """With dropout, whose draws a resumed run has to repeat."""
+    vocabulary = len(byte_level_tokenizer(CHATML))
+    return save_student(tmp_path_factory.mktemp("student"), tiny_llama(vocabulary, attention_dropout=0.2))
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_data(tmp_path / "train.jsonl", weighted_rows())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, student):
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    data = write_data(directory / "train.jsonl", weighted_rows())
+    run(data, student, directory / "out", eval_data=str(data), **LONG)
+    return directory / "out"
+
+
+def weights(directory):
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+
+
+def assert_same_run(a, b):
+    assert metrics(a) == metrics(b)
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def start_and_stop(data, student, out, how, *, after, save_every):
+    """Run the command line until metrics.jsonl has some lines, then send it a signal; returns its exit code."""
+    settings = {"--epochs": 8, "--global-batch": 2, "--lr": 1e-3, "--save-every": save_every, "--device": "cpu"}
+    words = command("train", "--data", data, "--student", student, "--out", out, "--eval-data", data)
+    words += [str(word) for pair in settings.items() for word in pair]
+    process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = out / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and len(log.read_bytes().splitlines()) >= after):
+        time.sleep(0.002)
+    process.send_signal(how)
+    code = process.wait(60)
+    assert not json.loads((out / "manifest.json").read_text())["complete"], "the run ended before it was stopped"
+    return code
+
+
+def test_kill_9_and_resume_bit_for_bit(tmp_path, data, student, uninterrupted):
+    out = tmp_path / "out"
+    assert start_and_stop(data, student, out, signal.SIGKILL, after=14, save_every=5) == -signal.SIGKILL
+    # Whatever else a killed process may leave: a state half written, a line half written.
+    (out / "resume-000040.tmp").mkdir()
+    (out / "resume-000040.tmp" / "weights.safetensors").write_bytes(b"half")
+    (out / "manifest.json.tmp").write_bytes(b"{")
+    with open(out / "metrics.jsonl", "a") as log:
+        log.write('{"step": 4')
+    summary = run(data, student, out, eval_data=str(data), save_every=5, **LONG)
+    assert summary.resumed_from is not None
+    assert summary.resumed_from >= 10
+    assert summary.resumed_from % 5 == 0
+    assert_same_run(out, uninterrupted)
+    assert not list(out.glob("resume-*"))
+    assert not list(out.glob("*.tmp"))
+
+
+def test_killed_before_the_first_state(tmp_path, data, student, uninterrupted):
+    out = tmp_path / "out"
+    start_and_stop(data, student, out, signal.SIGKILL, after=3, save_every=0)
+    assert run(data, student, out, eval_data=str(data), **LONG).resumed_from is None
+    assert_same_run(out, uninterrupted)
+
+
+def test_control_c_keeps_the_finished_steps(tmp_path, data, student, uninterrupted):
+    out = tmp_path / "out"
+    assert start_and_stop(data, student, out, signal.SIGINT, after=6, save_every=0) == 130
+    summary = run(data, student, out, eval_data=str(data), **LONG)
+    assert summary.resumed_from is not None
+    assert summary.resumed_from >= 5
+    assert_same_run(out, uninterrupted)
+
+
+def test_another_micro_batch_may_go_on(tmp_path, data, student, uninterrupted):
+    # Micro-batches are how, not what: the way out when memory runs short must not cost what was done. Dropout draws
+    # differently then, so only the shape of the run is the same.
+    out = tmp_path / "out"
+    start_and_stop(data, student, out, signal.SIGKILL, after=8, save_every=2)
+    assert run(data, student, out, eval_data=str(data), micro_batch=1, **LONG).resumed_from >= 2
+    assert [line["step"] for line in metrics(out)] == [line["step"] for line in metrics(uninterrupted)]
+
+
+def test_only_the_newest_state_is_kept(tmp_path, data, student):
+    out = tmp_path / "out"
+    start_and_stop(data, student, out, signal.SIGKILL, after=12, save_every=2)
+    # One, or two if the signal fell between the rename and the removal.
+    assert 1 <= len([path for path in out.glob("resume-*") if path.suffix != ".tmp"]) <= 2
+
+
+def test_lost_metrics_are_not_papered_over(tmp_path, data, student):
+    out = tmp_path / "out"
+    start_and_stop(data, student, out, signal.SIGKILL, after=8, save_every=2)
+    os.truncate(out / "metrics.jsonl", 10)
+    with pytest.raises(UserError, match=r"metrics.jsonl: lines are missing"):
+        run(data, student, out, eval_data=str(data), **LONG)
+
+
+def test_a_complete_run_says_so_and_is_left_alone(tmp_path, data, student):
+    first = run(data, student, tmp_path / "out", epochs=1)
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "out").iterdir()}
+    again = run(data, student, tmp_path / "out", epochs=1)
+    assert again.already_complete
+    assert "complete" in again.lines()[0]
+    assert (again.last_loss, again.steps) == (first.last_loss, first.steps)
+    after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "out").iterdir()}
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lr": 2e-3}, "lr was 0.003, is 0.002"),
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"betas": (0.9, 0.95)}, "betas was [0.9, 0.999], is [0.9, 0.95]"),
+        ({"loss_norm": "token"}, "loss_norm was 'trajectory', is 'token'"),
+        ({"dtype": "bfloat16"}, "dtype was 'float32', is 'bfloat16'"),
+    ],
+)
+def test_another_config_is_refused(tmp_path, data, student, change, said):
+    run(data, student, tmp_path / "out", epochs=1)
+    with pytest.raises(UserError) as caught:
+        run(data, student, tmp_path / "out", **({"epochs": 1} | change))
+    assert said in str(caught.value)
+    assert "--overwrite" in str(caught.value)
+
+
+def test_other_data_or_another_student_is_refused(tmp_path, data, student):
+    run(data, student, tmp_path / "out", epochs=1)
+    rows = weighted_rows()
+    rows[3]["weight"] *= 2
+    with pytest.raises(UserError, match="data was"):
+        run(write_data(tmp_path / "other.jsonl", rows), student, tmp_path / "out", epochs=1)
+    other = save_student(tmp_path / "other", tiny_llama(len(byte_level_tokenizer(CHATML)), seed=1))
+    with pytest.raises(UserError, match="student was"):
+        run(data, other, tmp_path / "out", epochs=1)
+    # The same rows from another place are the same data.
+    moved = write_data(tmp_path / "moved.jsonl", weighted_rows())
+    assert run(moved, student, tmp_path / "out", epochs=1).already_complete
+
+
+def test_overwrite(tmp_path, data, student):
+    out = tmp_path / "out"
+    run(data, student, out, epochs=1)
+    (out / "notes.txt").write_text("mine")
+    summary = run(data, student, out, epochs=1, lr=1e-3, overwrite=True)
+    assert not summary.already_complete
+    assert metrics(out)[-1]["step"] == summary.steps
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_directories_that_are_not_ours_are_left_alone(tmp_path, data, student):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("text")
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "manifest.json").write_text('{"complete": true}')
+    with pytest.raises(UserError, match="holds other files"):
+        run(data, student, tmp_path / "full", overwrite=True)
+    with pytest.raises(UserError, match="not a training run's"):
+        run(data, student, tmp_path / "scores", overwrite=True)
+    with pytest.raises(UserError, match="holds --student"):
+        run(data, student, student, overwrite=True)
+    with pytest.raises(UserError, match="holds --data"):
+        run(data, student, tmp_path, overwrite=True)
+
+
+def test_the_checkpoint_is_the_students_kind(tmp_path, data):
+    # bf16 on disk and tied embeddings, as the student has them; the tokenizer's files byte for byte.
+    model = tiny_qwen2(len(byte_level_tokenizer(CHATML)))
+    student = save_student(tmp_path / "student", model, dtype=torch.bfloat16)
+    out = tmp_path / "out"
+    run(data, student, out, epochs=30, lr=1e-2, eval_data=str(data))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (student / name).read_bytes()
+    stored, own = weights(out), weights(student)
+    assert stored.keys() == own.keys()
+    assert all(tensor.dtype == torch.bfloat16 for tensor in stored.values())
+    trained, tokenizer = AutoModelForCausalLM.from_pretrained(out, dtype="auto"), AutoTokenizer.from_pretrained(out)
+    assert trained.dtype == torch.bfloat16
+    # It has learnt its rows by heart: it answers one of them as they do.
+    question = [{"role": "user", "content": "What is 2 and 1?"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    made = trained.float().generate(**prompt, max_new_tokens=12, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+    assert tokenizer.decode(made[0, prompt.input_ids.shape[1] :]).startswith("The answer is 3.")
+    losses = [line["eval_loss"] for line in metrics(out) if "eval_loss" in line]
+    assert len(losses) == 31
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_the_template_trained_with_goes_along(tmp_path, data, student):
+    template = CHATML.replace("<|im_start|>assistant", "<|im_start|>model").replace("m.role ~", "m.role|upper ~")
+    template = CHATML.replace("'\\n' ~ m.content", "': ' ~ m.content").replace("assistant\\n", "assistant: ")
+    assert template != CHATML
+    run(data, student, tmp_path / "out", epochs=1, chat_template=template)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template
+
+
+def test_what_is_written(tmp_path, data, student):
+    out = tmp_path / "out"
+    summary = run(data, student, out, eval_data=str(data))
+    lines = metrics(out, timed=True)
+    assert lines[0].keys() == {"step", "epoch", "eval_loss"}
+    assert [line["step"] for line in lines] == list(range(7))
+    assert [line["epoch"] for line in lines] == [0, 1, 1, 1, 2, 2, 2]
+    assert ["eval_loss" in line for line in lines] == [True, False, False, True, False, False, True]
+    every = {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_s"}
+    assert all(line.keys() - {"eval_loss"} == every for line in lines[1:])
+    assert summary.first_loss == lines[1]["loss"]
+    assert summary.eval_losses == tuple(line["eval_loss"] for line in lines if "eval_loss" in line)
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["complete"]
+    assert manifest["counts"]["steps"] == 6
+    assert manifest["config"]["lr"] == 3e-3
+    assert len(manifest["identity"]["data"]) == 64
+    assert {path.name for path in out.iterdir()} == {*manifest["files"], "metrics.jsonl", "manifest.json"}
+
+
+def test_without_matplotlib(tmp_path, data, student, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run(data, student, tmp_path / "out", epochs=1)
+    assert "pip install 'lark-fast[plot]'" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "loss.png").exists()
+
+
+def test_long_trajectories_are_cut_and_counted(tmp_path, student, capsys):
+    rows = weighted_rows(1)
+    rows[1]["messages"][1]["content"] = "and then " * 400
+    summary = run(write_data(tmp_path / "long.jsonl", rows), student, tmp_path / "out", epochs=1)
+    assert summary.truncated == 1
+    assert "1 of 3 trajectories are cut at 512 tokens" in capsys.readouterr().err
