@@ -155,9 +155,7 @@ class _Walk:
         z.scatter_(1, column, z.gather(1, column).masked_fill_(here, LOWEST))
         z.clamp_(min=LOWEST)
         if self.top_k is not None:
-            block = z.topk(min(self.top_k, z.shape[1]), dim=1, sorted=False).values
-            both = torch.cat([self.largest, block], 1)
-            self.largest = both.topk(min(self.top_k, both.shape[1]), dim=1, sorted=False).values
+            self._keep_largest(z)
         m = torch.maximum(self.m, z.amax(1, keepdim=True))
         self._rescale(m)
         e = torch.gt(z, self.label_logit, out=torch.empty_like(z))
@@ -167,6 +165,16 @@ class _Walk:
         self.s1 += e.sum(1, keepdim=True)
         self.s2 += torch.linalg.vector_norm(e, dim=1, keepdim=True).square()
         self.sz += z.mul_(e).sum(1, keepdim=True)
+
+    def _keep_largest(self, z: Tensor) -> None:
+        """Merge a block into the k largest; once k are known, only what exceeds the smallest of them matters."""
+        wanted = min(self.top_k, z.shape[1])
+        if self.largest.shape[1] == self.top_k:
+            newcomers = torch.gt(z, self.largest.amin(1, keepdim=True), out=torch.empty_like(z)).sum(1)
+            wanted = min(wanted, int(newcomers.max()))
+        if wanted:
+            both = torch.cat([self.largest, z.topk(wanted, dim=1, sorted=False).values], 1)
+            self.largest = both.topk(min(self.top_k, both.shape[1]), dim=1, sorted=False).values
 
     def _rescale(self, m: Tensor) -> None:
         """Move the sums from the old maximum to ``m``."""
