@@ -141,7 +141,7 @@ def token_stats_naive(
 class _Walk:
     """Running sums of some rows over blocks of columns; the label's own column never enters them."""
 
-    def __init__(self, label_logit: Tensor, labels: Tensor, top_k: int | None):
+    def __init__(self, label_logit: Tensor, labels: Tensor, top_k: int | None) -> None:
         self.label_logit, self.labels = label_logit.unsqueeze(1), labels.unsqueeze(1)  # [T, 1] each
         self.m = torch.full_like(self.label_logit, LOWEST)  # maximum over v != y
         self.s1, self.s2, self.sz, self.above = torch.zeros(4, *self.m.shape, dtype=self.m.dtype, device=self.m.device)

@@ -303,7 +303,8 @@ def _print_score_summary(summary: "ScoreSummary", dry_run: bool) -> None:
         )
     else:
         _say(
-            f"{summary.scored:,} trajectories scored ({summary.input_tokens:,} tokens, {summary.scored_tokens:,} scored) "
+            f"{summary.scored:,} trajectories scored "
+            f"({summary.input_tokens:,} tokens, {summary.scored_tokens:,} scored) "
             f"in {summary.seconds:.1f} s: {summary.tokens_per_second:,.0f} tokens/s"
         )
         if summary.kept:

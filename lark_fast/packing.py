@@ -41,7 +41,7 @@ def windows(
 def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
     """Indices of sequences grouped so that rows x longest row stays within ``tokens_per_batch``, longest first.
 
-    A sequence longer than the budget is a batch of its own. Neighbours in length share a batch, which keeps padding low.
+    A sequence longer than the budget is a batch of its own. Neighbours in length share a batch: little padding.
     """
     batch: list[int] = []
     longest = 0

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 class Progress:
     """Says how far a piece of work has come, how fast it goes and how long it will take."""
 
-    def __init__(self, description: str, total: float, *, every_seconds: float = 10.0):
+    def __init__(self, description: str, total: float, *, every_seconds: float = 10.0) -> None:
         self.description, self.total, self.every_seconds = description, total, every_seconds
         self.started = self.last_line = time.monotonic()
         self.done, self.detail = 0.0, ""

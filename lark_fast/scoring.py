@@ -95,7 +95,7 @@ class Scorer:
         options: RenderOptions | None = None,
         chat_template: str | None = None,
         tokens_per_batch: int | None = None,
-    ):
+    ) -> None:
         self.student = model if isinstance(model, Student) else Student(model, tokenizer)
         self.top_k = top_k
         self.options = options or RenderOptions()

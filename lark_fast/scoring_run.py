@@ -126,7 +126,7 @@ class _Stream:
         renderer: Renderer,
         summary: ScoreSummary,
         log: IO[str] | None,
-    ):
+    ) -> None:
         self.config, self.pool, self.renderer, self.summary, self.log = config, pool, renderer, summary, log
         self.known = KeyTable()
         for key, content in store.keys() if store else ():

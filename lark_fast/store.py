@@ -67,7 +67,7 @@ class ScoreStore:
         UserError: the directory holds scores of another student or config, or something that is not a score store.
     """
 
-    def __init__(self, directory: str | Path, identity: dict[str, Any], *, overwrite: bool = False):
+    def __init__(self, directory: str | Path, identity: dict[str, Any], *, overwrite: bool = False) -> None:
         self.directory, self.identity = Path(directory), identity
         self.manifest: dict[str, Any] = {"complete": False}
         try:

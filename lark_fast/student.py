@@ -46,7 +46,9 @@ class Student:
         ValueError: the model has no output embedding, or treats its logits in a way this package does not know.
     """
 
-    def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None" = None, path: str = ""):
+    def __init__(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None" = None, path: str = ""
+    ) -> None:
         self.model, self.tokenizer, self.path = model, tokenizer, path
         self._output = model.get_output_embeddings()
         if self._output is None or getattr(self._output, "weight", None) is None:

@@ -1,4 +1,4 @@
-"""How LARK's released scorer computes a trajectory's numbers, in its own way: one record, every logit, top-k, softmax."""
+"""How LARK's released scorer computes a trajectory's numbers, in its own way: every logit, top-k, softmax."""
 
 import torch
 import torch.nn.functional as F

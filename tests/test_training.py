@@ -283,8 +283,19 @@ def test_the_callers_random_numbers_are_left_alone(tmp_path, data, student):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("epochs", 0), ("lr", 0.0), ("lr", float("nan")), ("global_batch", 0), ("micro_batch", 0), ("warmup_ratio", 1.5)]
-    + [("loss_norm", "batch"), ("dtype", "float16"), ("clip", -1.0), ("seed", -1), ("betas", (0.9, 1.0))],
+    [
+        ("epochs", 0),
+        ("lr", 0.0),
+        ("lr", float("nan")),
+        ("global_batch", 0),
+        ("micro_batch", 0),
+        ("warmup_ratio", 1.5),
+        ("loss_norm", "batch"),
+        ("dtype", "float16"),
+        ("clip", -1.0),
+        ("seed", -1),
+        ("betas", (0.9, 1.0)),
+    ],
 )
 def test_config_out_of_range(name, value):
     with pytest.raises(ValueError, match=name):

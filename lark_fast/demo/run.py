@@ -119,7 +119,7 @@ def solved_share(student: Path, problems: Path, limit: int = 60) -> float:
 
     model = load_student(str(student))
     questions = {}
-    for line in open(problems, encoding="utf-8"):
+    for line in problems.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         answer = record["messages"][-1]["content"].rsplit("A: ", 1)[-1]
         questions.setdefault(record["problem_id"], (record["messages"][:-1], answer))
@@ -176,7 +176,11 @@ def _write(path: Path, records: Iterable[dict[str, Any]]) -> Path:
 
 
 def _texts(pool: Path) -> list[str]:
-    return [message["content"] for line in open(pool, encoding="utf-8") for message in json.loads(line)["messages"]]
+    return [
+        message["content"]
+        for line in pool.read_text(encoding="utf-8").splitlines()
+        for message in json.loads(line)["messages"]
+    ]
 
 
 def _teachers(selection: Any) -> Table:
