@@ -1,8 +1,8 @@
 """Maps the top-level ``kernels`` folder to ``lark_fast.kernels``; all metadata stands in pyproject.toml."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
-    packages=["lark_fast", "lark_fast.demo", "lark_fast.kernels"],
-    package_dir={"lark_fast": "lark_fast", "lark_fast.demo": "lark_fast/demo", "lark_fast.kernels": "kernels"},
+    packages=find_packages(include=["lark_fast", "lark_fast.*"]),
+    package_dir={"lark_fast": "lark_fast", "lark_fast.kernels": "kernels"},
 )

@@ -9,17 +9,17 @@ if TYPE_CHECKING:
     from lark_fast.kernels.chi2 import chi2_weights
     from lark_fast.kernels.linear_cross_entropy import linear_cross_entropy
     from lark_fast.kernels.token_stats import TokenStats, token_stats
-    from lark_fast.learnability import g_hat
-    from lark_fast.scoring import Scorer, TrajectoryScore
+    from lark_fast.scoring.learnability import g_hat
+    from lark_fast.scoring.scorer import Scorer, TrajectoryScore
 
 _HOMES = {
-    "Scorer": "lark_fast.scoring",
-    "TrajectoryScore": "lark_fast.scoring",
+    "Scorer": "lark_fast.scoring.scorer",
+    "TrajectoryScore": "lark_fast.scoring.scorer",
     "TokenStats": "lark_fast.kernels.token_stats",
     "token_stats": "lark_fast.kernels.token_stats",
     "linear_cross_entropy": "lark_fast.kernels.linear_cross_entropy",
     "chi2_weights": "lark_fast.kernels.chi2",
-    "g_hat": "lark_fast.learnability",
+    "g_hat": "lark_fast.scoring.learnability",
 }
 __all__ = [  # noqa: RUF022 - the order a reader meets them
     "Scorer",

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 if TYPE_CHECKING:
-    from lark_fast.rendering import RenderOptions
-    from lark_fast.scoring_run import ScoreSummary
+    from lark_fast.rendering.renderer import RenderOptions
+    from lark_fast.scoring.run import ScoreSummary
 
 T = TypeVar("T")
 
@@ -134,7 +134,7 @@ def score(
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
     """One forward pass over every trajectory of a pool: nll, Brier score, entropy, rank, rho and g_hat."""
-    from lark_fast.scoring_run import ScoreConfig, score_pool
+    from lark_fast.scoring.run import ScoreConfig, score_pool
 
     config = ScoreConfig(
         pool=tuple(pool),
@@ -173,8 +173,8 @@ def select(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Choose a weighted subset of each problem's candidates; no forward pass."""
-    from lark_fast.selection import SelectConfig
-    from lark_fast.selection import select as run
+    from lark_fast.selection.run import SelectConfig
+    from lark_fast.selection.run import select as run
 
     config = SelectConfig(
         scores=scores,
@@ -227,8 +227,8 @@ def train(
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
     """Fine-tune the student on weighted trajectories."""
-    from lark_fast.training import train as run
-    from lark_fast.training_config import TrainConfig
+    from lark_fast.training.config import TrainConfig
+    from lark_fast.training.run import train as run
 
     config = _checked(
         TrainConfig,
@@ -275,8 +275,8 @@ def inspect(
     """Show a record as the student sees it, its scored tokens coloured."""
     from rich.console import Console
 
-    from lark_fast.inspection import find_record, inspect_record
-    from lark_fast.rendering import Renderer
+    from lark_fast.rendering.inspection import find_record, inspect_record
+    from lark_fast.rendering.renderer import Renderer
     from lark_fast.student import load_tokenizer
 
     found = find_record(pool, record)
@@ -322,7 +322,7 @@ def _print_score_summary(summary: "ScoreSummary", dry_run: bool) -> None:
 def _options(
     span: Span, render: Render, system: System, last_turn_only: bool, long: Long, max_length: int
 ) -> "RenderOptions":
-    from lark_fast.rendering import RenderOptions
+    from lark_fast.rendering.renderer import RenderOptions
 
     return RenderOptions(
         span=span.value,
@@ -363,6 +363,6 @@ def _tokens_per_batch(text: str) -> int | None:
 
 def _say(line: str) -> None:
     """Print a line whose text may come from a pool: nothing in it acts on the terminal."""
-    from lark_fast.inspection import visible
+    from lark_fast.rendering.inspection import visible
 
     print(visible(line), flush=True)

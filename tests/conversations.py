@@ -2,8 +2,8 @@
 
 from itertools import groupby
 
-from lark_fast.records import NOT_SCORED, Record, normalise
-from lark_fast.rendering import Rendered, Renderer, RenderOptions
+from lark_fast.pool.records import NOT_SCORED, Record, normalise
+from lark_fast.rendering.renderer import Rendered, Renderer, RenderOptions
 
 
 def record(*messages: tuple[str, str], **columns) -> Record:

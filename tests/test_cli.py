@@ -8,7 +8,7 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
-from lark_fast.store import part_files, read_manifest
+from lark_fast.scoring.store import part_files, read_manifest
 from tests.command import ENVIRONMENT, make_records, run, write_jsonl, write_student
 from tests.templates import GEMMA2
 from tests.tiny import byte_level_tokenizer, tiny_llama

@@ -7,9 +7,9 @@ from itertools import pairwise
 import pytest
 from rich.console import Console
 
-from lark_fast.inspection import inspect_record, visible
-from lark_fast.records import normalise
-from lark_fast.rendering import Renderer, RenderOptions
+from lark_fast.pool.records import normalise
+from lark_fast.rendering.inspection import inspect_record, visible
+from lark_fast.rendering.renderer import Renderer, RenderOptions
 from tests import templates
 from tests.conversations import record
 from tests.tiny import byte_level_tokenizer, slow_tokenizer

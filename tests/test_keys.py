@@ -4,7 +4,7 @@ import tracemalloc
 import pytest
 
 from lark_fast.hashing import hash_fields
-from lark_fast.keys import KeyTable
+from lark_fast.pool.keys import KeyTable
 
 
 def content_of(number: int) -> bytes:
@@ -47,7 +47,7 @@ def test_every_slot_of_a_full_probe_sequence_is_reachable():
 
 def test_equal_slots_and_equal_high_words_are_told_apart(monkeypatch):
     # Keys that agree in the 64 bits that place them differ only in the low 24: forced, as chance would need 10^9 keys.
-    monkeypatch.setattr("lark_fast.keys._hash_key", lambda key: (12345, int(key[0])))
+    monkeypatch.setattr("lark_fast.pool.keys._hash_key", lambda key: (12345, int(key[0])))
     table = KeyTable(4)
     for number in range(200):
         table.add((str(number), ""), number.to_bytes(16, "little"), met=number % 2 == 0)
@@ -58,7 +58,7 @@ def test_equal_slots_and_equal_high_words_are_told_apart(monkeypatch):
 def test_extreme_hash_words_fit(monkeypatch):
     # All bits set in key, content and mark must not spill into one another, nor look like an empty slot.
     words = {"ones": (2**64 - 1, 2**24 - 1), "low zero": (1, 0)}
-    monkeypatch.setattr("lark_fast.keys._hash_key", lambda key: words[key[0]])
+    monkeypatch.setattr("lark_fast.pool.keys._hash_key", lambda key: words[key[0]])
     table = KeyTable(2)
     table.add(("ones", ""), b"\xff" * 16, met=True)
     table.add(("low zero", ""), b"\x00" * 16, met=False)
@@ -68,7 +68,7 @@ def test_extreme_hash_words_fit(monkeypatch):
 
 
 def test_zero_hash_is_not_an_empty_slot(monkeypatch):
-    monkeypatch.setattr("lark_fast.keys.hash_fields", lambda *fields, size: bytes(size))
+    monkeypatch.setattr("lark_fast.pool.keys.hash_fields", lambda *fields, size: bytes(size))
     table = KeyTable(2)
     assert table.find(("a", "b")) is None
     table.add(("a", "b"), bytes(16), met=False)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lark_fast.learnability import g_hat, rho
+from lark_fast.scoring.learnability import g_hat, rho
 
 
 def test_by_hand():

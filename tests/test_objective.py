@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lark_fast.objective import learning_rate, mean_weight, token_weights
+from lark_fast.training.objective import learning_rate, mean_weight, token_weights
 
 WEIGHTS = np.array([0.5, 2.0, 0.01, 1.0])
 SCORED = np.array([3, 7, 20, 1])

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lark_fast.errors import UserError
-from lark_fast.pool import Pool, Rejected
-from lark_fast.records import Record
+from lark_fast.pool.reading import Pool, Rejected
+from lark_fast.pool.records import Record
 
 NEW_LINE_STYLES = {"unix": "\n", "windows": "\r\n", "blank lines between": "\n \n\n"}
 
@@ -339,7 +339,7 @@ def test_dataset_ids(tmp_path):
     code = """if True:
         import sys
         from lark_fast.errors import UserError
-        from lark_fast.pool import Pool
+        from lark_fast.pool.reading import Pool
         assert "huggingface_hub" not in sys.modules and "pyarrow" not in sys.modules
         for name in ("org/name", "org/bare", "org/other"):
             try:

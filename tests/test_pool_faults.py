@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lark_fast.decoding import DamagedFileError, read_chunks
-from lark_fast.parquet_rows import read_parquet_rows
-from lark_fast.pool import Pool, Rejected
-from lark_fast.records import Record
+from lark_fast.pool.decoding import DamagedFileError, read_chunks
+from lark_fast.pool.parquet_rows import read_parquet_rows
+from lark_fast.pool.reading import Pool, Rejected
+from lark_fast.pool.records import Record
 
 N = 40
 
@@ -337,7 +337,7 @@ def test_a_missing_bracket_costs_one_element_of_a_long_list(tmp_path):
 
 def test_rescanning_a_hostile_list_ends(tmp_path, monkeypatch):
     # Every line swallows all that follow: going back to each of them would take time in the square of the file.
-    monkeypatch.setattr("lark_fast.json_list._RESCAN_BYTES", 1 << 20)
+    monkeypatch.setattr("lark_fast.pool.json_list._RESCAN_BYTES", 1 << 20)
     items = read(tmp_path / "p.json", b"[\n" + b'{"a": 1,\n' * 20_000)
     assert 1 < len(items) < 200
 
@@ -353,7 +353,7 @@ def test_chunk_borders_do_not_matter(tmp_path, monkeypatch, size):
     }
     for name, text in texts.items():
         expected = read(tmp_path / name, text)
-        monkeypatch.setattr("lark_fast.decoding._READ_BYTES", size)
+        monkeypatch.setattr("lark_fast.pool.decoding._READ_BYTES", size)
         items = read(tmp_path / name, text)
         monkeypatch.undo()
         assert whole(items) == whole(expected)

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from lark_fast.errors import RejectError
-from lark_fast.records import Record, normalise
+from lark_fast.pool.records import Record, normalise
 
 QUESTION = {"role": "user", "content": "What is 2 + 2?"}
 ANSWER = {"role": "assistant", "content": "4"}

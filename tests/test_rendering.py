@@ -7,8 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lark_fast.errors import RejectError
-from lark_fast.records import normalise
-from lark_fast.rendering import Renderer, RenderOptions, TemplateError
+from lark_fast.pool.records import normalise
+from lark_fast.rendering.renderer import Renderer, RenderOptions, TemplateError
 from tests import templates
 from tests.conversations import record, scored, scored_texts
 from tests.tiny import byte_level_tokenizer, sentencepiece_tokenizer, slow_tokenizer, word_tokenizer

@@ -8,8 +8,8 @@ import torch
 
 from lark_fast import Scorer, g_hat
 from lark_fast.kernels.token_stats import IGNORE_INDEX, token_stats_naive
-from lark_fast.records import normalise
-from lark_fast.rendering import RenderOptions
+from lark_fast.pool.records import normalise
+from lark_fast.rendering.renderer import RenderOptions
 from lark_fast.student import Student
 from tests.eager import eager_g_hat, eager_scores
 from tests.templates import CHATML

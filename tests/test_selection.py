@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lark_fast import scored_rows
 from lark_fast.errors import UserError
 from lark_fast.kernels.chi2 import chi2_weights
-from lark_fast.records import normalise
-from lark_fast.scored_rows import ScoredRows
-from lark_fast.selection import SelectConfig, select
-from lark_fast.store import ScoreStore
+from lark_fast.pool.records import normalise
+from lark_fast.scoring.store import ScoreStore
+from lark_fast.selection import scored_rows
+from lark_fast.selection.run import SelectConfig, select
+from lark_fast.selection.scored_rows import ScoredRows
 
 NAN, INF = math.nan, math.inf
 POLICIES = ("chi2", "topb", "random", "nll", "rsr")

@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lark_fast import packing, store
+from lark_fast import packing
 from lark_fast.errors import UserError
-from lark_fast.learnability import g_hat
-from lark_fast.scoring_run import ScoreConfig, score_pool
-from lark_fast.store import ScoreStore, part_files, read_manifest
+from lark_fast.scoring import store
+from lark_fast.scoring.learnability import g_hat
+from lark_fast.scoring.run import ScoreConfig, score_pool
+from lark_fast.scoring.store import ScoreStore, part_files, read_manifest
 from tests.command import ENVIRONMENT, command, make_records, run, write_jsonl, write_student
 
 IDENTITY = {"student": "s", "top_k": None, "per_token": False}

@@ -3,8 +3,8 @@
 import pytest
 
 from lark_fast.errors import RejectError
-from lark_fast.rendering import Renderer, RenderOptions, TemplateError
-from lark_fast.templating import SENTINEL
+from lark_fast.rendering.renderer import Renderer, RenderOptions, TemplateError
+from lark_fast.rendering.templates import SENTINEL
 from tests import templates
 from tests.conversations import record, scored
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from lark_fast import training_step
 from lark_fast.errors import UserError
-from lark_fast.rendering import Renderer
+from lark_fast.rendering.renderer import Renderer
 from lark_fast.student import Student, load_student, load_tokenizer
-from lark_fast.training import TrainConfig
-from lark_fast.training_batches import global_batch, steps_per_epoch
-from lark_fast.training_data import load_training_set
-from lark_fast.training_step import Trainer
+from lark_fast.training import step as training_step
+from lark_fast.training.batches import global_batch, steps_per_epoch
+from lark_fast.training.data import load_training_set
+from lark_fast.training.run import TrainConfig
+from lark_fast.training.step import Trainer
 from tests.tiny import TINY_MODELS, tiny_llama
 from tests.training_runs import metrics, run, save_student, weighted_rows, write_data
 

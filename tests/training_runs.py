@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lark_fast.training import TrainConfig, train
+from lark_fast.training.run import TrainConfig, train
 from tests.command import make_records, write_jsonl
 from tests.templates import CHATML
 from tests.tiny import byte_level_tokenizer, tiny_llama

@@ -41,8 +41,8 @@ def run_demo(out: Path, *, scale: float = 1.0) -> list[Gain]:
     Raises:
         UserError: ``out`` exists and was not made by a demo.
     """
-    from lark_fast.scoring_run import ScoreConfig, score_pool
-    from lark_fast.selection import SelectConfig, select
+    from lark_fast.scoring.run import ScoreConfig, score_pool
+    from lark_fast.selection.run import SelectConfig, select
 
     console = Console()
     _claim(out)
@@ -145,8 +145,8 @@ def solved_share(student: Path, problems: Path, limit: int = 60) -> float:
 
 
 def _train(data: Path, student: Path, out: Path, **settings: Any) -> Any:
-    from lark_fast.training import train
-    from lark_fast.training_config import TrainConfig
+    from lark_fast.training.config import TrainConfig
+    from lark_fast.training.run import train
 
     eval_data = settings.pop("eval_data", None)
     return train(

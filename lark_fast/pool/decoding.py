@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from lark_fast.pool_files import cannot_read
+from lark_fast.pool.files import cannot_read
 
 _READ_BYTES = 1 << 14
 _CHUNK_BYTES = 1 << 18

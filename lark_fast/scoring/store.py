@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from lark_fast.errors import UserError
 from lark_fast.files import TEMPORARY_SUFFIX, atomic_path, write_json
-from lark_fast.learnability import g_hat, rho
+from lark_fast.scoring.learnability import g_hat, rho
 
 FORMAT = 1
 GROUP_ROWS = 1_000_000  # rows whose problems are grouped in memory at a time

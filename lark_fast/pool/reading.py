@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lark_fast.decoding import read_chunks
 from lark_fast.errors import RejectError
-from lark_fast.json_list import split_list
-from lark_fast.parquet_rows import read_parquet_rows
-from lark_fast.pool_files import cannot_read, find_pool_files
-from lark_fast.records import Record, normalise
-from lark_fast.splitting import Unsplit, split_lines
+from lark_fast.pool.decoding import read_chunks
+from lark_fast.pool.files import cannot_read, find_pool_files
+from lark_fast.pool.json_list import split_list
+from lark_fast.pool.parquet_rows import read_parquet_rows
+from lark_fast.pool.records import Record, normalise
+from lark_fast.pool.splitting import Unsplit, split_lines
 
 _BOM = "\ufeff"
 _BLANK = re.compile(rb"\s*(?:\xef\xbb\xbf)?\s*")

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from lark_fast.errors import RejectError, UserError
-from lark_fast.pool import Pool, Rejected
+from lark_fast.pool.reading import Pool, Rejected
+from lark_fast.pool.records import NOT_SCORED, Record
 from lark_fast.progress import track
-from lark_fast.records import NOT_SCORED, Record
-from lark_fast.rendering import Renderer
+from lark_fast.rendering.renderer import Renderer
 
 SHOWN_ROWS = 64
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from lark_fast.kernels.linear_cross_entropy import linear_cross_entropy
-from lark_fast.objective import learning_rate, mean_weight, token_weights
 from lark_fast.student import Student
-from lark_fast.training_batches import MicroBatch, collate, global_batch, micro_batches, steps_per_epoch
-from lark_fast.training_config import TrainConfig
-from lark_fast.training_data import TrainingSet
+from lark_fast.training.batches import MicroBatch, collate, global_batch, micro_batches, steps_per_epoch
+from lark_fast.training.config import TrainConfig
+from lark_fast.training.data import TrainingSet
+from lark_fast.training.objective import learning_rate, mean_weight, token_weights
 
 
 @dataclass(frozen=True, slots=True)

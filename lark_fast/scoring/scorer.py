@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lark_fast.errors import RejectError
 from lark_fast.kernels.token_stats import IGNORE_INDEX, TokenStats, token_stats
-from lark_fast.learnability import rho
 from lark_fast.packing import length_batches
-from lark_fast.records import Record, normalise
-from lark_fast.rendering import Rendered, Renderer, RenderOptions
+from lark_fast.pool.records import Record, normalise
+from lark_fast.rendering.renderer import Rendered, Renderer, RenderOptions
+from lark_fast.scoring.learnability import rho
 from lark_fast.student import Student, load_student
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class TrajectoryStats:
 
     @property
     def rho(self) -> float:
-        """The learnability factor's proxy, see ``lark_fast.learnability``."""
+        """The learnability factor's proxy, see ``lark_fast.scoring.learnability``."""
         return float(rho(self.nll, self.brier_used))
 
 

@@ -6,9 +6,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from lark_fast.errors import RejectError, UserError
-from lark_fast.pool import Pool
-from lark_fast.records import NOT_SCORED, Record
-from lark_fast.rendering import Rendered, Renderer
+from lark_fast.pool.reading import Pool
+from lark_fast.pool.records import NOT_SCORED, Record
+from lark_fast.rendering.renderer import Rendered, Renderer
 
 if TYPE_CHECKING:
     from rich.console import Console

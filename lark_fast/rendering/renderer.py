@@ -7,8 +7,8 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Literal, get_args
 
 from lark_fast.errors import RejectError
-from lark_fast.records import NOT_SCORED, Message, Record
-from lark_fast.templating import ChatTemplate, TemplateError, Turn
+from lark_fast.pool.records import NOT_SCORED, Message, Record
+from lark_fast.rendering.templates import ChatTemplate, TemplateError, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

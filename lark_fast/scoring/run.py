@@ -12,15 +12,15 @@ from typing import IO, Any
 
 import lark_fast
 from lark_fast.errors import RejectError, UserError
-from lark_fast.export import export_lark_json
 from lark_fast.files import atomic_open
-from lark_fast.keys import KeyTable
 from lark_fast.packing import windows
-from lark_fast.pool import Pool, Rejected
+from lark_fast.pool.keys import KeyTable
+from lark_fast.pool.reading import Pool, Rejected
+from lark_fast.pool.records import Record
 from lark_fast.progress import Progress, track
-from lark_fast.records import Record
-from lark_fast.rendering import Rendered, Renderer, RenderOptions, TemplateError
-from lark_fast.store import ScoreStore
+from lark_fast.rendering.renderer import Rendered, Renderer, RenderOptions, TemplateError
+from lark_fast.scoring.export import export_lark_json
+from lark_fast.scoring.store import ScoreStore
 
 SHOWN_REJECTS = 3
 
@@ -83,7 +83,7 @@ def score_pool(config: ScoreConfig) -> ScoreSummary:
     pool = Pool(config.pool)
     if config.dry_run:
         return _dry_run(config, pool)
-    from lark_fast.scoring import Scorer
+    from lark_fast.scoring.scorer import Scorer
     from lark_fast.student import load_student
 
     student = load_student(

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import get_args
 
-from lark_fast.objective import LossNorm
-from lark_fast.rendering import RenderOptions
+from lark_fast.rendering.renderer import RenderOptions
+from lark_fast.training.objective import LossNorm
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -27,7 +27,7 @@ class TrainConfig:
         weight_decay: of AdamW, on matrices only.
         betas: of AdamW.
         clip: largest gradient norm of a step; 0 does not clip.
-        loss_norm: "trajectory" weighs trajectories, "token" weighs tokens; see ``lark_fast.objective``.
+        loss_norm: "trajectory" weighs trajectories, "token" weighs tokens; see ``lark_fast.training.objective``.
         dtype: "float32", "bfloat16" (autocast over float32 master weights), or "auto": bfloat16 on a GPU that has it.
         device: "auto", "cpu", "cuda", ...
         seed: of the order of the data and of dropout.

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from lark_fast.errors import RejectError
-from lark_fast.splitting import Unsplit, too_long
+from lark_fast.pool.splitting import Unsplit, too_long
 
 _SEPARATORS = re.compile(rb"[\s,]*")
 _BARE_WORD = re.compile(rb'[^\s,\[\]{}"]*')

@@ -4,8 +4,8 @@ import json
 import re
 from collections.abc import Iterator
 
-from lark_fast.decoding import DamagedFileError
 from lark_fast.errors import RejectError
+from lark_fast.pool.decoding import DamagedFileError
 
 
 class Unsplit:

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lark_fast.decoding import too_much_content
 from lark_fast.errors import RejectError
-from lark_fast.pool_files import cannot_read
-from lark_fast.splitting import too_long
+from lark_fast.pool.decoding import too_much_content
+from lark_fast.pool.files import cannot_read
+from lark_fast.pool.splitting import too_long
 
 _BATCH_BYTES = 4 << 20
 _BATCH_ROWS = 256

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lark_fast.packing import length_batches
-from lark_fast.training_data import TrainingSet
+from lark_fast.training.data import TrainingSet
 
 # Padded tokens of a micro-batch where the user does not say how many trajectories. A GPU needs many to be busy; on a
 # CPU activations should stay in its cache: 2,048 train about twice as fast as 16,384.

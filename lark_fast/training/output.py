@@ -10,7 +10,7 @@ import torch
 
 from lark_fast.files import TEMPORARY_SUFFIX, atomic_path
 from lark_fast.student import Student, student_files
-from lark_fast.training_state import move_into
+from lark_fast.training.state import move_into
 
 TOKENIZER_FILES = (
     "tokenizer*",

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from lark_fast.errors import UserError
 from lark_fast.kernels.chi2 import chi2_divergence, effective_sample_size
-from lark_fast.policies import POLICIES, Bools, Floats, PolicyOptions, random_draws
-from lark_fast.scored_rows import ScoredRows
+from lark_fast.selection.policies import POLICIES, Bools, Floats, PolicyOptions, random_draws
+from lark_fast.selection.scored_rows import ScoredRows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,4 @@
-"""``lark-fast train``: weighted supervised fine-tuning of a student on a selection.
-
-The way of the data: training_data (files -> tokens) -> training_batches (steps, micro-batches) -> training_step (loss,
-gradient, AdamW), with objective for the formulas, training_state for the directory of the run and training_output for
-what it leaves.
-"""
+"""``lark-fast train``: weighted supervised fine-tuning of a student on a selection."""
 
 import math
 import platform
@@ -18,15 +13,13 @@ import torch
 import lark_fast
 from lark_fast.errors import UserError
 from lark_fast.progress import Progress, track
-from lark_fast.rendering import Renderer
+from lark_fast.rendering.renderer import Renderer
 from lark_fast.student import fingerprint, load_student, student_files
-from lark_fast.training_config import TrainConfig, TrainSummary
-from lark_fast.training_data import TrainingSet, load_training_set
-from lark_fast.training_output import checkpoint_dtype, draw_losses, write_checkpoint
-from lark_fast.training_state import RunDirectory
-from lark_fast.training_step import Measured, Trainer
-
-__all__ = ["TrainConfig", "TrainSummary", "train"]
+from lark_fast.training.config import TrainConfig, TrainSummary
+from lark_fast.training.data import TrainingSet, load_training_set
+from lark_fast.training.output import checkpoint_dtype, draw_losses, write_checkpoint
+from lark_fast.training.state import RunDirectory
+from lark_fast.training.step import Measured, Trainer
 
 # What decides the numbers but for rounding; device, micro_batch and gradient_checkpointing only decide how.
 IDENTITY = (

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lark_fast.errors import RejectError
-from lark_fast.records import Message
+from lark_fast.pool.records import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lark_fast.errors import UserError
 from lark_fast.hashing import hash_fields
-from lark_fast.store import part_files
+from lark_fast.scoring.store import part_files
 
 _BATCH_ROWS = 1 << 13
 _BLOCK_CELLS = 1 << 17

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from lark_fast.files import atomic_open
-from lark_fast.store import part_files, read_manifest
+from lark_fast.scoring.store import part_files, read_manifest
 
 LARK_JSON = "lark_ghat.json"
 

@@ -16,14 +16,14 @@ import lark_fast
 from lark_fast.errors import UserError
 from lark_fast.files import atomic_open, write_json
 from lark_fast.kernels.chi2 import TIES
-from lark_fast.keys import KeyTable
-from lark_fast.policies import POLICIES, PolicyOptions
-from lark_fast.pool import Pool, Rejected
+from lark_fast.pool.keys import KeyTable
+from lark_fast.pool.reading import Pool, Rejected
+from lark_fast.pool.records import Record
 from lark_fast.progress import track
-from lark_fast.records import Record
-from lark_fast.scored_rows import ScoredRows
-from lark_fast.store import read_manifest
-from lark_fast.weighing import Weighed, needed_columns, weigh
+from lark_fast.scoring.store import read_manifest
+from lark_fast.selection.policies import POLICIES, PolicyOptions
+from lark_fast.selection.scored_rows import ScoredRows
+from lark_fast.selection.weighing import Weighed, needed_columns, weigh
 
 SHOWN_PROBLEMS = 3
 _RESERVED_COLUMNS = frozenset({"messages", "input_ids", "labels", "weight", "meta"})
