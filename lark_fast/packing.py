@@ -5,6 +5,8 @@ from typing import Protocol, TypeVar
 
 WINDOW_RECORDS = 4096
 WINDOW_TOKENS = 1 << 20
+# A window is what a killed run does again, so it should be no more than about half a minute of forward passes.
+CPU_WINDOW_FLOP, GPU_WINDOW_FLOP = 4e12, 4e15
 
 
 class Sized(Protocol):
@@ -36,6 +38,16 @@ def windows(
             window, tokens = [], 0
     if window:
         yield window
+
+
+def window_tokens(n_parameters: int, tokens_per_batch: int, device: str) -> int:
+    """How many tokens a window should hold, by the 2 FLOP a parameter that a token's forward pass takes.
+
+    Never more than WINDOW_TOKENS and never fewer than four batches, or there would be nothing to sort. It depends on
+    nothing that changes from run to run, so a resumed run cuts the same windows.
+    """
+    flop = CPU_WINDOW_FLOP if device == "cpu" else GPU_WINDOW_FLOP
+    return max(4 * tokens_per_batch, min(WINDOW_TOKENS, int(flop / (2 * n_parameters))))
 
 
 def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:

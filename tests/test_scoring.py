@@ -172,3 +172,13 @@ def test_long_trajectories_are_marked(tokenizer):
     score = scorer.score([RECORDS[3]])[0]
     assert score.truncated
     assert score.n_input_tokens == 60
+
+
+def test_progress_is_told_after_every_forward_pass(tokenizer):
+    scorer = Scorer(tiny_llama(len(tokenizer)), tokenizer, tokens_per_batch=64)
+    rendered = [scorer.renderer(normalise(raw)) for raw in [*RECORDS, *RECORDS]]
+    told = []
+    scorer.score_rendered(rendered, told.append)
+    assert len(told) >= 3
+    assert told == sorted(told)
+    assert told[-1] == 1.0

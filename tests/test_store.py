@@ -198,6 +198,12 @@ def test_batches_never_depend_on_where_a_run_stopped():
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 20 for b in batches)
 
 
+def test_a_window_is_half_a_minute_of_work_on_any_student():
+    assert packing.window_tokens(1_000_000, 2048, "cpu") == packing.WINDOW_TOKENS
+    assert packing.window_tokens(500_000_000, 2048, "cpu") == 4 * 2048
+    assert packing.window_tokens(7_000_000_000, 32768, "cuda") == int(4e15 / 14e9)
+
+
 def test_interrupt_keeps_what_is_finished(tmp_path, student):
     pool = write_jsonl(tmp_path / "pool.jsonl", make_records(4000))
     process = subprocess.Popen(

@@ -4,7 +4,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -99,17 +99,17 @@ def score_pool(config: ScoreConfig) -> ScoreSummary:
     )
     store = ScoreStore(config.out, _identity(config, scorer), overwrite=config.overwrite)
     summary = ScoreSummary(out=config.out)
-    started = time.monotonic()
     with _reject_log(store.directory / "rejected.jsonl") as log, track("scoring", pool.total_bytes) as progress:
+        display = _Display(progress, pool, summary)
         stream = _Stream(config, pool, store, scorer.renderer, summary, log)
-        for window in windows((item, len(item[1].input_ids)) for item in stream):
-            stats = scorer.score_rendered([rendered for _, rendered in window])
+        for window in windows(((item, len(item[1].input_ids)) for item in stream), max_tokens=scorer.tokens_per_window):
+            rendered = [rendered for _, rendered in window]
+            stats = scorer.score_rendered(rendered, display.inside_window(sum(len(r.input_ids) for r in rendered)))
             store.append([_row(record, s, config) for (record, _), s in zip(window, stats, strict=True)])
             summary.scored += len(window)
             summary.input_tokens += sum(s.n_input_tokens for s in stats)
             summary.scored_tokens += sum(s.n_tokens for s in stats)
-            summary.seconds = time.monotonic() - started
-            _show(progress, pool, summary)
+            display.after_window()
     stream.refuse_a_changed_pool()
     _finish(config, store, summary)
     return summary
@@ -199,14 +199,13 @@ def _dry_run(config: ScoreConfig, pool: Pool) -> ScoreSummary:
     tokenizer = load_tokenizer(config.student, config.trust_remote_code)
     renderer = Renderer(tokenizer, options, vocab_size=student.vocab_size, chat_template=config.chat_template)
     summary = ScoreSummary(out=config.out)
-    started = time.monotonic()
     with track("rendering", pool.total_bytes) as progress:
+        display = _Display(progress, pool, summary)
         for _, rendered in _Stream(config, pool, None, renderer, summary, None):
             summary.scored += 1
             summary.input_tokens += len(rendered.input_ids)
             summary.scored_tokens += rendered.n_scored
-            summary.seconds = time.monotonic() - started
-            _show(progress, pool, summary)
+            display.after_window()
     return summary
 
 
@@ -302,6 +301,23 @@ def _reject_log(path: Path) -> Iterator[IO[str]]:
         raise stopped
 
 
-def _show(progress: Progress, pool: Pool, summary: ScoreSummary) -> None:
-    rejects = f", {summary.rejected:,} rejected" if summary.rejected else ""
-    progress.update(pool.bytes_read, f"{summary.tokens_per_second:,.0f} tokens/s{rejects}")
+class _Display:
+    """How far through the pool's bytes the run is, and at what rate, between windows and inside them."""
+
+    def __init__(self, progress: Progress, pool: Pool, summary: ScoreSummary) -> None:
+        self.progress, self.pool, self.summary, self.started = progress, pool, summary, time.monotonic()
+
+    def inside_window(self, tokens: int) -> Callable[[float], None]:
+        """What a scorer calls with the share it has done of a window of so many tokens."""
+        behind, ahead = self.progress.done, self.pool.bytes_read
+        return lambda share: self._show(behind + share * (ahead - behind), self.summary.input_tokens + share * tokens)
+
+    def after_window(self) -> None:
+        """Note the time and show where the run stands."""
+        self.summary.seconds = time.monotonic() - self.started
+        self._show(self.pool.bytes_read, self.summary.input_tokens)
+
+    def _show(self, done: float, tokens: float) -> None:
+        rejected = self.summary.rejected
+        rate = tokens / max(time.monotonic() - self.started, 1e-9)
+        self.progress.update(done, f"{rate:,.0f} tokens/s" + (f", {rejected:,} rejected" if rejected else ""))

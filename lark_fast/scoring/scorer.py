@@ -1,7 +1,7 @@
 """The scorer: records or token ids in, one set of statistics a trajectory out."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lark_fast.errors import RejectError
 from lark_fast.kernels.token_stats import IGNORE_INDEX, TokenStats, token_stats
-from lark_fast.packing import length_batches
+from lark_fast.packing import length_batches, window_tokens
 from lark_fast.pool.records import Record, normalise
 from lark_fast.rendering.renderer import Rendered, Renderer, RenderOptions
 from lark_fast.scoring.learnability import rho
@@ -110,6 +110,12 @@ class Scorer:
                 chat_template=chat_template,
             )
 
+    @property
+    def tokens_per_window(self) -> int:
+        """How many tokens are best brought together before they are scored; see ``lark_fast.packing``."""
+        n_parameters = sum(parameter.numel() for parameter in self.student.model.parameters())
+        return window_tokens(n_parameters, self.tokens_per_batch, self.student.device.type)
+
     @classmethod
     def from_pretrained(
         cls, path: str, *, device: str = "auto", dtype: str = "auto", top_k: int | None = None, **options: Any
@@ -159,27 +165,41 @@ class Scorer:
         stats = self._token_stats([(row, [IGNORE_INDEX, *mark[1:]]) for row, mark in zip(ids, marks, strict=True)])
         return stats[0] if single else stats
 
-    def score_rendered(self, rendered: Sequence[Rendered]) -> list[TrajectoryStats]:
-        """Statistics of rendered trajectories, in order; those with the same tokens are scored once."""
+    def score_rendered(
+        self, rendered: Sequence[Rendered], on_batch: Callable[[float], None] | None = None
+    ) -> list[TrajectoryStats]:
+        """Statistics of rendered trajectories, in order; those with the same tokens are scored once.
+
+        ``on_batch`` hears after each forward pass which share of the tokens is done.
+        """
         hashes = [token_hash(item) for item in rendered]
         first = {digest: index for index, digest in reversed(list(enumerate(hashes)))}
         unique = sorted(first.values())
         sequences = [(rendered[index].input_ids, rendered[index].labels) for index in unique]
-        scored = dict(zip(unique, self._token_stats(sequences), strict=True))
+        scored = dict(zip(unique, self._token_stats(sequences, on_batch), strict=True))
         return [
             trajectory_stats(scored[first[digest]], item, digest) for digest, item in zip(hashes, rendered, strict=True)
         ]
 
     @torch.no_grad()
-    def _token_stats(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[TokenStats]:
+    def _token_stats(
+        self,
+        sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+        on_batch: Callable[[float], None] | None = None,
+    ) -> list[TokenStats]:
         """Statistics of the scored positions of each (input_ids, labels), on the CPU."""
         results: list[TokenStats | None] = [None] * len(sequences)
+        lengths = [len(ids) for ids, _ in sequences]
+        done, total = 0, sum(lengths)
         was_training = self.student.model.training
         self.student.model.eval()
         try:
-            for batch in length_batches([len(ids) for ids, _ in sequences], self.tokens_per_batch):
+            for batch in length_batches(lengths, self.tokens_per_batch):
                 for index, stats in zip(batch, self._forward([sequences[i] for i in batch]), strict=True):
                     results[index] = stats
+                done += sum(lengths[index] for index in batch)
+                if on_batch is not None:
+                    on_batch(done / total)
         finally:
             self.student.model.train(was_training)
         return results
