@@ -312,6 +312,8 @@ def _print_score_summary(summary: "ScoreSummary", dry_run: bool) -> None:
         _say(f"{summary.out}: {summary.rows:,} trajectories of {summary.problems:,} problems")
         if summary.not_finite:
             _say(f"{summary.not_finite:,} trajectories have no g_hat (statistics that are not finite, or nll 0)")
+    if summary.truncated:
+        _say(f"{summary.truncated:,} trajectories were longer than the maximum length and were cut")
     if summary.rejected:
         where = "" if dry_run else f", listed in {Path(summary.out) / 'rejected.jsonl'}"
         _say(f"{summary.rejected:,} of {summary.records:,} records rejected{where}")

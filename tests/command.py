@@ -30,10 +30,10 @@ def write_jsonl(path: Path, records) -> Path:
     return path
 
 
-def write_student(directory: Path, *, seed: int = 0, template: str = CHATML, tokenizer=None) -> Path:
-    """A tiny checkpoint on disk."""
+def write_student(directory: Path, *, seed: int = 0, template: str = CHATML, tokenizer=None, **changes) -> Path:
+    """A tiny checkpoint on disk; ``changes`` are to its config."""
     tokenizer = tokenizer or byte_level_tokenizer(template)
-    tiny_llama(len(tokenizer), seed=seed).save_pretrained(directory)
+    tiny_llama(len(tokenizer), seed=seed, **changes).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 

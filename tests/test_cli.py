@@ -62,6 +62,20 @@ def test_again_is_at_once_and_changes_nothing(tmp_path, pool, student):
     assert "student was" in other.stderr
 
 
+def test_what_the_student_cannot_read_is_cut_and_said(tmp_path, pool):
+    student = write_student(tmp_path / "student", max_position_embeddings=60)
+    arguments = ("score", "--pool", pool, "--student", student)
+    cut = run(*arguments, "--out", tmp_path / "cut")
+    assert cut.stderr.count("cut at the student's 60 positions") == 1
+    rows = pq.read_table(part_files(tmp_path / "cut")).to_pydict()
+    assert max(rows["n_input_tokens"]) == 60
+    assert f"{sum(rows['truncated'])} trajectories were longer" in cut.stdout
+    asked = run(*arguments, "--out", tmp_path / "asked", "--max-length", 50)
+    assert "positions" not in asked.stderr
+    left = run(*arguments, "--out", tmp_path / "left", "--long", "reject")
+    assert f"{sum(rows['truncated'])} of 18 records rejected" in left.stdout
+
+
 def test_rejects_are_counted_named_and_listed(tmp_path, student):
     records = list(make_records(2))
     lines = [json.dumps(r) for r in records]

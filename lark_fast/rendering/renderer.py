@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -53,6 +53,10 @@ class RenderOptions:
                 raise ValueError(f"{name} is one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}")
         if self.max_length < 1:
             raise ValueError(f"max_length is at least 1, not {self.max_length}")
+
+    def fitting(self, max_positions: int | None) -> "RenderOptions":
+        """These options with ``max_length`` held to what a student can read; None where that is not known."""
+        return self if max_positions is None else replace(self, max_length=min(self.max_length, max_positions))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

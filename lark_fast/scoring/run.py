@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,6 +55,7 @@ class ScoreSummary:
     records: int = 0  # read from the pool
     scored: int = 0  # in this run
     kept: int = 0  # scored by an earlier run
+    truncated: int = 0  # in this run
     rejected: int = 0
     first_rejects: list[str] = field(default_factory=list)
     input_tokens: int = 0  # of the trajectories scored in this run
@@ -89,7 +90,7 @@ def score_pool(config: ScoreConfig) -> ScoreSummary:
     student = load_student(
         config.student, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
-    options = _fitting_options(config.options, student.max_positions)
+    options = config.options.fitting(student.max_positions)
     scorer = Scorer(
         student,
         top_k=config.top_k,
@@ -151,8 +152,19 @@ class _Stream:
                 except RejectError as error:
                     self.reject(item.source, item.line, str(error))
                 else:
+                    self._note_truncation(rendered)
                     self.known.add(item.key, item.content_hash(), met=True)
                     yield item, rendered
+
+    def _note_truncation(self, rendered: Rendered) -> None:
+        self.summary.truncated += rendered.truncated
+        limit, asked = self.renderer.options.max_length, self.config.options.max_length
+        if self.summary.truncated == 1 and rendered.truncated and limit < asked:
+            print(
+                f"lark-fast: trajectories are cut at the student's {limit} positions (--max-length is {asked}); "
+                "--long reject leaves such records out",
+                file=sys.stderr,
+            )
 
     def _is_new(self, record: Record) -> bool:
         entry = self.known.find(record.key)
@@ -195,7 +207,7 @@ def _dry_run(config: ScoreConfig, pool: Pool) -> ScoreSummary:
     from lark_fast.student import load_config, load_tokenizer
 
     student = load_config(config.student, config.trust_remote_code)
-    options = _fitting_options(config.options, getattr(student, "max_position_embeddings", None))
+    options = config.options.fitting(getattr(student, "max_position_embeddings", None))
     tokenizer = load_tokenizer(config.student, config.trust_remote_code)
     renderer = Renderer(tokenizer, options, vocab_size=student.vocab_size, chat_template=config.chat_template)
     summary = ScoreSummary(out=config.out)
@@ -207,18 +219,6 @@ def _dry_run(config: ScoreConfig, pool: Pool) -> ScoreSummary:
             summary.scored_tokens += rendered.n_scored
             display.after_window()
     return summary
-
-
-def _fitting_options(options: RenderOptions, max_positions: int | None) -> RenderOptions:
-    """The options with max_length held to what the student can read."""
-    if max_positions is None or max_positions >= options.max_length:
-        return options
-    print(
-        f"lark-fast: --max-length {options.max_length} is beyond the student's {max_positions} positions; "
-        f"{max_positions} is used",
-        file=sys.stderr,
-    )
-    return replace(options, max_length=max_positions)
 
 
 def _identity(config: ScoreConfig, scorer: Any) -> dict[str, Any]:
