@@ -29,8 +29,9 @@ from lark_fast.kernels.head import accumulation_dtype, head_logits, label_logits
 IGNORE_INDEX = -100
 # A block of logits is [rows, columns] float32: small enough to stay in a CPU's cache while the statistics read it,
 # large enough for the matmul to run at full speed (docs/log.md).
-CPU_BLOCK = (512, 1024)
+CPU_BLOCK = (512, 4096)
 GPU_BLOCK = (4096, 16384)
+GROUP = 16  # columns of which the top-k search looks at the maximum first
 LOWEST = -1e30  # "no logit here": finite, so that (z - m) e^(z - m) is 0 and not NaN
 
 
@@ -167,14 +168,21 @@ class _Walk:
         self.sz += z.mul_(e).sum(1, keepdim=True)
 
     def _keep_largest(self, z: Tensor) -> None:
-        """Merge a block into the k largest; once k are known, only what exceeds the smallest of them matters."""
-        wanted = min(self.top_k, z.shape[1])
+        """Merge a block into the k largest logits so far, and look at few of its logits to do so.
+
+        Split the columns into groups. Where k groups have a maximum that is at least some logit's, that logit is not
+        needed; so the k largest are in the k groups with the largest maxima, and once k are known, in those groups
+        whose maximum exceeds the smallest of them.
+        """
+        n_groups = z.shape[1] // GROUP
+        groups = z[:, : n_groups * GROUP].unflatten(1, (GROUP, n_groups))  # [T, GROUP, n]; a group's columns lie apart
+        maxima = groups.amax(1)
+        wanted = min(self.top_k, n_groups)
         if self.largest.shape[1] == self.top_k:
-            newcomers = torch.gt(z, self.largest.amin(1, keepdim=True), out=torch.empty_like(z)).sum(1)
-            wanted = min(wanted, int(newcomers.max()))
-        if wanted:
-            both = torch.cat([self.largest, z.topk(wanted, dim=1, sorted=False).values], 1)
-            self.largest = both.topk(min(self.top_k, both.shape[1]), dim=1, sorted=False).values
+            wanted = min(wanted, int((maxima > self.largest.amin(1, keepdim=True)).sum(1).max()))
+        best = maxima.topk(wanted, dim=1, sorted=False).indices.unsqueeze(1).expand(-1, GROUP, -1)
+        candidates = torch.cat([self.largest, groups.gather(2, best).flatten(1), z[:, n_groups * GROUP :]], 1)
+        self.largest = candidates.topk(min(self.top_k, candidates.shape[1]), dim=1, sorted=False).values
 
     def _rescale(self, m: Tensor) -> None:
         """Move the sums from the old maximum to ``m``."""
