@@ -211,7 +211,9 @@ def train(
     clip: Annotated[float, typer.Option(min=0, help="Largest gradient norm of a step; 0: no limit.")] = 1.0,
     loss_norm: Annotated[LossNorm, typer.Option(help="Weigh trajectories or tokens.")] = LossNorm.trajectory,
     max_length: MaxLengthOption = 32768,
-    dtype: Annotated[str, typer.Option(help="auto, float32, or bfloat16 (autocast over float32 weights).")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 (autocast over float32 weights), or auto: where it helps.")
+    ] = "auto",
     device: DeviceOption = "auto",
     seed: int = 0,
     save_every: Annotated[int, typer.Option(min=0, help="Steps between resume states; 0: none.")] = 100,
@@ -288,11 +290,12 @@ def inspect(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for everything the demo makes.")] = Path("lark-fast-demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Of the problems, the student and the training.")] = 0,
 ) -> None:
     """The whole path on an embedded pool and a small student that it trains itself: on a CPU, in minutes."""
     from lark_fast.demo.run import run_demo
 
-    run_demo(out)
+    run_demo(out, seed=seed)
 
 
 def _print_score_summary(summary: "ScoreSummary", dry_run: bool) -> None:

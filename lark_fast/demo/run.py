@@ -1,165 +1,166 @@
-"""``lark-fast demo``: make a pool and a student, then score, select, train, and say what was gained."""
+"""``lark-fast demo``: make a student and a pool, then score, select, train, and say what was gained."""
 
 import json
+import random
+import time
 from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from lark_fast.demo.problems import make_pool
+from lark_fast.demo.figure import draw_gain
+from lark_fast.demo.measures import selection_loss, solved
+from lark_fast.demo.problems import make_problems
+from lark_fast.demo.result import Outcome, Result, conclusion, result_table, share, teachers_table
 from lark_fast.demo.student import make_student
+from lark_fast.demo.teachers import TEACHERS, make_pool, make_school
 from lark_fast.errors import UserError
 
-SCHOOL_PROBLEMS, POOL_PROBLEMS, HELD_OUT_PROBLEMS = 700, 250, 60
+if TYPE_CHECKING:
+    from lark_fast.selection.run import SelectionSummary
+    from lark_fast.training.config import TrainSummary
+
+# The held-out pool answers the first of the new problems; the student is asked all of them and trained on none.
+SCHOOL_PROBLEMS, POOL_PROBLEMS, HELD_OUT_PROBLEMS, NEW_PROBLEMS = 8000, 400, 100, 300
+EPOCHS = 4  # of training on a selection; school is one pass, for its problems cost nothing
+POLICIES = {"chi2": "LARK's choice", "random": "any", "nll": "the most familiar"}
 BUDGET = 2
 MARKER = "made-by-lark-fast-demo"
 
 
-@dataclass(frozen=True, slots=True)
-class Gain:
-    """What one selection did to the student."""
-
-    policy: str
-    rows: int
-    train_loss: tuple[float, float]  # first and last step
-    held_out: tuple[float, float]  # mean nll before and after
-    solved: float  # share of held-out problems answered right after training
-
-
-def run_demo(out: Path, *, scale: float = 1.0) -> list[Gain]:
-    """Run the whole path and print the result.
+def run_demo(out: Path, *, seed: int = 0, scale: float = 1.0) -> Result:
+    """Run the whole path, print the result and draw it.
 
     Args:
         out: directory for everything that is made; an earlier demo there is overwritten.
+        seed: of the problems, the answers, the student's first weights, the order of training and the policy random.
         scale: share of the problems and epochs to use; tests run a small part.
 
     Raises:
         UserError: ``out`` exists and was not made by a demo.
     """
-    from lark_fast.scoring.run import ScoreConfig, score_pool
-    from lark_fast.selection.run import SelectConfig, select
+    from lark_fast import Scorer
 
-    console = Console()
+    console, started = Console(), time.monotonic()
     _claim(out)
-    size = {"school": SCHOOL_PROBLEMS, "pool": POOL_PROBLEMS, "held-out": HELD_OUT_PROBLEMS}
-    size = {name: max(4, int(problems * scale)) for name, problems in size.items()}
-    school = _write(out / "school.jsonl", make_pool(size["school"], seed=1, prefix="school"))
-    pool = _write(out / "pool.jsonl", make_pool(size["pool"], seed=2, prefix="pool"))
-    right = (record for record in make_pool(size["held-out"], seed=3, prefix="held-out") if record["correct"])
-    held_out = _write(out / "held_out.jsonl", right)
+    school, pool, held_out, new = (
+        max(4, int(count * scale)) for count in (SCHOOL_PROBLEMS, POOL_PROBLEMS, HELD_OUT_PROBLEMS, NEW_PROBLEMS)
+    )
+    rng = random.Random(seed)
+    problems = make_problems(school + pool + new, rng)
+    of_school, of_pool, new_problems = problems[:school], problems[school:-new], problems[-new:]
+    lessons = _write(out / "school.jsonl", make_school(of_school, rng))
+    pools = {
+        "pool": _write(out / "pool.jsonl", make_pool(of_pool, rng, prefix="pool")),
+        "held-out": _write(out / "held-out.jsonl", make_pool(new_problems[:held_out], rng, prefix="held-out")),
+    }
 
     console.rule("1. A student goes to school")
     untaught, student = out / "student-untaught", out / "student"
-    make_student(untaught, _texts(school))
-    _train(school, untaught, student, epochs=max(1, round(3 * scale)), lr=3e-3, global_batch=32)
-    before = solved_share(student, held_out)
+    parameters = make_student(untaught, _texts(lessons), seed=seed)
+    _train(lessons, untaught, student, epochs=1, lr=3e-3, seed=seed)
+    solved_before = solved(student, new_problems)
     console.print(
-        f"A Llama of 0.9 M parameters read {size['school'] * 6:,} answers and solves {before:.0%} of new problems."
+        f"A Llama of {parameters / 1e6:.1f} M parameters read {school:,} answers "
+        f"and solves {share(solved_before)[0]:.0%} of {new} new problems."
     )
 
     console.rule("2. lark-fast score")
-    summary = score_pool(ScoreConfig(pool=(str(pool),), student=str(student), out=str(out / "scores"), overwrite=True))
-    console.print(
-        f"{summary.rows:,} trajectories of {summary.problems:,} problems by 6 teachers, "
-        f"{summary.tokens_per_second:,.0f} tokens/s"
-    )
+    for name, path in pools.items():
+        summary = _score(path, student, out / f"scores-{name}")
+        console.print(
+            f"{name}: {summary.rows:,} answers to {summary.problems:,} problems by {len(TEACHERS)} teachers, "
+            f"{summary.tokens_per_second:,.0f} tokens/s"
+        )
 
     console.rule("3. lark-fast select, 4. lark-fast train")
-    gains = []
-    for policy in ("chi2", "random"):
-        chosen = out / f"selection-{policy}"
-        selection = select(
-            SelectConfig(
-                scores=str(out / "scores"),
-                pool=(str(pool),),
-                out=str(chosen),
-                budget=BUDGET,
+    before, outcomes = Scorer.from_pretrained(str(student)), []
+    for policy, choice in POLICIES.items():
+        label = f"{policy} ({choice})"
+        chosen = {name: out / f"selection-{policy}" / name for name in pools}
+        selections = {
+            name: _select(pools[name], out / f"scores-{name}", chosen[name], policy=policy, seed=seed) for name in pools
+        }
+        console.print(f"{label}: {selections['pool'].rows:,} answers")
+        checkpoint = out / f"checkpoint-{policy}"
+        epochs = max(1, round(EPOCHS * scale))
+        trained = _train(chosen["pool"] / "train.jsonl", student, checkpoint, epochs=epochs, lr=1e-3, seed=seed)
+        after = Scorer.from_pretrained(str(checkpoint))
+        losses = {name: (selection_loss(before, chosen[name]), selection_loss(after, chosen[name])) for name in pools}
+        outcomes.append(
+            Outcome(
                 policy=policy,
-                overwrite=True,
+                label=label,
+                rows=trained.trajectories,
+                steps=trained.steps,
+                tokens=epochs * selections["pool"].selected_tokens,
+                teachers={name: shares["weight"] for name, shares in selections["pool"].teachers.items()},
+                curve=_curve(checkpoint),
+                training=losses["pool"],
+                held_out=losses["held-out"],
+                solved=solved(checkpoint, new_problems),
             )
         )
-        trained = _train(
-            chosen / "train.jsonl",
-            student,
-            out / f"checkpoint-{policy}",
-            eval_data=held_out,
-            epochs=max(1, round(4 * scale)),
-            lr=1e-3,
-            global_batch=16,
-        )
-        losses = trained.eval_losses
-        gains.append(
-            Gain(
-                policy,
-                selection.rows,
-                (trained.first_loss, trained.last_loss),
-                (losses[0], losses[-1]),
-                solved_share(out / f"checkpoint-{policy}", held_out),
-            )
-        )
-        if policy == "chi2":
-            console.print(_teachers(selection))
 
+    result = Result(solved_before=solved_before, outcomes=outcomes)
     console.rule("What was gained")
-    console.print(_result(before, gains))
-    console.print(Text(f"Everything is in {out}: scores/, selection-chi2/train.jsonl, checkpoint-chi2/ with loss.png"))
-    return gains
+    console.print(teachers_table(outcomes))
+    console.print(result_table(result))
+    console.print(Text(conclusion(result)))
+    drawn = "gain.png, " if draw_gain(result, out / "gain.png") else ""
+    console.print(
+        Text(f"{time.monotonic() - started:.0f} s. In {out}: {drawn}pool.jsonl, scores-*, selection-*, checkpoint-*")
+    )
+    return result
 
 
-def solved_share(student: Path, problems: Path, limit: int = 60) -> float:
-    """Share of the problems in a pool that the student answers right, greedily."""
-    import torch
+def _score(pool: Path, student: Path, out: Path) -> Any:
+    from lark_fast.scoring.run import ScoreConfig, score_pool
 
-    from lark_fast.student import load_student
+    return score_pool(ScoreConfig(pool=(str(pool),), student=str(student), out=str(out), overwrite=True))
 
-    model = load_student(str(student))
-    questions = {}
-    for line in problems.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        answer = record["messages"][-1]["content"].rsplit("A: ", 1)[-1]
-        questions.setdefault(record["problem_id"], (record["messages"][:-1], answer))
-    asked = list(islice(questions.values(), limit))
-    tokenizer = model.tokenizer
-    tokenizer.padding_side = "left"
-    prompts = [
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) for messages, _ in asked
-    ]
-    batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-    with torch.no_grad():
-        made = model.model.generate(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            max_new_tokens=160,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+
+def _select(pool: Path, scores: Path, out: Path, *, policy: str, seed: int) -> "SelectionSummary":
+    from lark_fast.selection.run import SelectConfig, select
+
+    return select(
+        SelectConfig(
+            scores=str(scores),
+            pool=(str(pool),),
+            out=str(out),
+            budget=BUDGET,
+            policy=policy,
+            seed=seed,
+            overwrite=True,
         )
-    texts = tokenizer.batch_decode(made[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
-    right = [text.rsplit("A: ", 1)[-1].strip() == answer for text, (_, answer) in zip(texts, asked, strict=True)]
-    return sum(right) / len(right)
+    )
 
 
-def _train(data: Path, student: Path, out: Path, **settings: Any) -> Any:
+def _train(data: Path, student: Path, out: Path, *, epochs: int, lr: float, seed: int) -> "TrainSummary":
     from lark_fast.training.config import TrainConfig
     from lark_fast.training.run import train
 
-    eval_data = settings.pop("eval_data", None)
     return train(
         TrainConfig(
             data=str(data),
             student=str(student),
             out=str(out),
-            eval_data=None if eval_data is None else str(eval_data),
+            epochs=epochs,
+            lr=lr,
+            global_batch=16,
+            seed=seed,
             save_every=0,
             overwrite=True,
-            **settings,
         )
     )
+
+
+def _curve(checkpoint: Path) -> tuple[float, ...]:
+    """The loss of each step."""
+    lines = (checkpoint / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return tuple(json.loads(line)["loss"] for line in lines)
 
 
 def _claim(out: Path) -> None:
@@ -175,29 +176,9 @@ def _write(path: Path, records: Iterable[dict[str, Any]]) -> Path:
     return path
 
 
-def _texts(pool: Path) -> list[str]:
+def _texts(conversations: Path) -> list[str]:
     return [
         message["content"]
-        for line in pool.read_text(encoding="utf-8").splitlines()
+        for line in conversations.read_text(encoding="utf-8").splitlines()
         for message in json.loads(line)["messages"]
     ]
-
-
-def _teachers(selection: Any) -> Table:
-    table = Table("teacher", "share of the pool", "share of the chi2 weight", title="Whom the selection listens to")
-    for teacher, share in sorted(selection.teachers.items(), key=lambda item: -item[1]["weight"]):
-        table.add_row(Text(teacher), f"{share['candidates']:.0%}", f"{share['weight']:.0%}")
-    return table
-
-
-def _result(before: float, gains: list[Gain]) -> Table:
-    table = Table("selection", "rows", "training loss", "held-out nll", "new problems solved")
-    for gain in gains:
-        table.add_row(
-            gain.policy,
-            f"{gain.rows:,}",
-            f"{gain.train_loss[0]:.3f} -> {gain.train_loss[1]:.3f}",
-            f"{gain.held_out[0]:.3f} -> {gain.held_out[1]:.3f}",
-            f"{before:.0%} -> {gain.solved:.0%}",
-        )
-    return table
