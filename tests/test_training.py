@@ -13,6 +13,7 @@ from lark_fast.student import Student, load_student, load_tokenizer
 from lark_fast.training import step as training_step
 from lark_fast.training.batches import global_batch, steps_per_epoch
 from lark_fast.training.data import load_training_set
+from lark_fast.training.objective import learning_rate
 from lark_fast.training.run import TrainConfig
 from lark_fast.training.step import Trainer
 from tests.tiny import TINY_MODELS, tiny_llama
@@ -184,6 +185,8 @@ BAD_ROWS = {
     '"weight": "1.0"': "weight is '1.0', not a number",
     '"weight": true': "weight is True, not a number",
     f'"weight": {10**400}': "weight is inf",
+    '"weight": 1e300': "weight is 1e+300; it must be 0, which leaves the row out, or lie between 1e-15 and 1e+15",
+    '"weight": 1e-60': "weight is 1e-60",
     '"meta": {"train_weight": "many"}': "meta.train_weight is 'many'",
     '"messages": []': "messages is empty",
     '"messages": [{"role": "user", "content": "x"}]': "no assistant turn",
@@ -261,6 +264,44 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, data, student):
     assert differ(metrics(tmp_path / "a"), metrics(tmp_path / "b")) < 1e-5
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_gradient_checkpointing_computes_the_layers_again(tmp_path, asked):
+    model = tiny_llama()
+    ours, _ = trainer(model, weighted_rows(1), tmp_path, micro_batch=3, gradient_checkpointing=asked)
+    calls = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    ours.measure(0)
+    assert len(calls) == 1 + asked
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_an_update_is_adamw(tmp_path, clip):
+    # Two steps by the textbook in float64, on the gradients that are there. Phi has biases in its matrices' layers and
+    # its norms: neither decays.
+    model, decay, beta = TINY_MODELS["phi"](), 0.1, (0.9, 0.95)
+    ours, _ = trainer(
+        model, weighted_rows(8), tmp_path, global_batch=6, epochs=10, lr=1e-2, weight_decay=decay, clip=clip, betas=beta
+    )
+    names = dict(model.named_parameters())
+    expected = {name: p.detach().double() for name, p in names.items()}
+    m, v = ({name: torch.zeros_like(p) for name, p in expected.items()} for _ in range(2))
+    for step in range(2):
+        lr = learning_rate(step, 40, 1e-2, 0.05)
+        norm = ours.measure(step).grad_norm
+        clipped = torch.stack([p.grad.norm() for p in names.values()]).norm().item()
+        assert norm > 0.5
+        assert clipped == pytest.approx(clip or norm, rel=1e-4)
+        for name, p in names.items():
+            g = p.grad.double()
+            m[name], v[name] = beta[0] * m[name] + (1 - beta[0]) * g, beta[1] * v[name] + (1 - beta[1]) * g**2
+            moved = m[name] / (1 - beta[0] ** (step + 1)) / ((v[name] / (1 - beta[1] ** (step + 1))).sqrt() + 1e-8)
+            decayed = name.endswith("weight") and "norm" not in name
+            expected[name] -= lr * (moved + decay * decayed * expected[name])
+        ours.update(step)
+        for name, p in names.items():
+            torch.testing.assert_close(p.detach().double(), expected[name], rtol=1e-5, atol=1e-6)
+
+
 def test_bfloat16_is_autocast_over_float32_weights(tmp_path, data, student):
     # bf16 keeps 8 bits: losses within 1 %, while a rate of 1e-6 would not move weights that were bf16 themselves.
     run(data, student, tmp_path / "a", lr=1e-6)
@@ -271,6 +312,14 @@ def test_bfloat16_is_autocast_over_float32_weights(tmp_path, data, student):
     assert all(a != b for a, b in losses)
     before, after = (load_student(str(path), device="cpu").model for path in (student, tmp_path / "b"))
     assert all(not torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("has_it", [False, True])
+def test_auto_takes_bfloat16_where_the_processor_has_it(tmp_path, data, student, monkeypatch, has_it):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_it})
+    run(data, student, tmp_path / "out", epochs=1, dtype="auto")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["identity"]["dtype"] == ("bfloat16" if has_it else "float32")
 
 
 def test_the_callers_random_numbers_are_left_alone(tmp_path, data, student):
@@ -293,6 +342,7 @@ def test_the_callers_random_numbers_are_left_alone(tmp_path, data, student):
         ("loss_norm", "batch"),
         ("dtype", "float16"),
         ("clip", -1.0),
+        ("weight_decay", float("inf")),
         ("seed", -1),
         ("betas", (0.9, 1.0)),
     ],

@@ -2,10 +2,12 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lark_fast.errors import UserError
+from lark_fast.training import state
+from lark_fast.training.state import RunDirectory
+from lark_fast.training.step import Trainer
 from tests.command import ENVIRONMENT, command
 from tests.templates import CHATML
 from tests.tiny import byte_level_tokenizer, tiny_llama, tiny_qwen2
@@ -62,12 +67,23 @@ def assert_same_run(a, b):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def train_command(data, student, out, save_every):
+    """As ``run(..., **LONG)``, with the data held out too."""
+    settings = {"--epochs": 8, "--global-batch": 2, "--lr": 1e-3, "--device": "cpu", "--dtype": "float32"}
+    words = command("train", "--data", data, "--student", student, "--out", out, "--eval-data", data)
+    return words + [str(word) for pair in {**settings, "--save-every": save_every}.items() for word in pair]
+
+
 def start_and_stop(data, student, out, how, *, after, save_every):
     """Run the command line until metrics.jsonl has some lines, then send it a signal; returns its exit code."""
-    settings = {"--epochs": 8, "--global-batch": 2, "--lr": 1e-3, "--save-every": save_every, "--device": "cpu"}
-    words = command("train", "--data", data, "--student", student, "--out", out, "--eval-data", data)
-    words += [str(word) for pair in settings.items() for word in pair]
-    process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        train_command(data, student, out, save_every),
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # Whoever runs the tests in the background may have it ignored, here and in every child.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     log = out / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and len(log.read_bytes().splitlines()) >= after):
         time.sleep(0.002)
@@ -102,13 +118,111 @@ def test_killed_before_the_first_state(tmp_path, data, student, uninterrupted):
     assert_same_run(out, uninterrupted)
 
 
-def test_control_c_keeps_the_finished_steps(tmp_path, data, student, uninterrupted):
+# SIGTERM is how schedulers end a job.
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_control_c_keeps_the_finished_steps(tmp_path, data, student, uninterrupted, how):
     out = tmp_path / "out"
-    assert start_and_stop(data, student, out, signal.SIGINT, after=6, save_every=0) == 130
-    summary = run(data, student, out, eval_data=str(data), **LONG)
-    assert summary.resumed_from is not None
-    assert summary.resumed_from >= 5
+    assert start_and_stop(data, student, out, how, after=6, save_every=0) == 130
+    logged = metrics(out)[-1]["step"]
+    assert logged >= 4
+    assert run(data, student, out, eval_data=str(data), **LONG).resumed_from == logged
     assert_same_run(out, uninterrupted)
+
+
+def test_control_c_between_the_weights_and_their_log(tmp_path, data, student, uninterrupted, monkeypatch):
+    # The weights have moved and no line says so: the signal has to wait.
+    def update(self, step):
+        real(self, step)
+        if step == 7:
+            signal.raise_signal(signal.SIGINT)
+
+    real, before = Trainer.update, signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(Trainer, "update", update)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, student, tmp_path / "out", eval_data=str(data), save_every=5, **LONG)
+    monkeypatch.undo()
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+    assert run(data, student, tmp_path / "out", eval_data=str(data), **LONG).resumed_from == 8
+    assert_same_run(tmp_path / "out", uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("method", "calls", "stops", "error", "seen"),
+    [
+        ("evaluate", 2, 6, KeyboardInterrupt, KeyboardInterrupt),
+        ("measure", 10, 9, torch.OutOfMemoryError, UserError),
+    ],
+)
+def test_what_was_finished_before_a_stop_is_kept(
+    tmp_path, data, student, uninterrupted, monkeypatch, method, calls, stops, error, seen
+):
+    left = calls
+
+    def stop(*arguments):
+        nonlocal left
+        left -= 1
+        if not left:
+            raise error
+        return real(*arguments)
+
+    real = getattr(Trainer, method)
+    monkeypatch.setattr(Trainer, method, stop)
+    with pytest.raises(seen):
+        run(data, student, tmp_path / "out", eval_data=str(data), save_every=0, **LONG)
+    monkeypatch.undo()
+    assert run(data, student, tmp_path / "out", eval_data=str(data), **LONG).resumed_from == stops
+    assert_same_run(tmp_path / "out", uninterrupted)
+
+
+# What a process may write to a file: the manifest and the log, then the weights but not Adam's two moments of them.
+@pytest.mark.parametrize("limit", [20_000, 200_000])
+def test_a_disk_that_takes_no_more(tmp_path, data, student, uninterrupted, limit):
+    out = tmp_path / "out"
+    done = subprocess.run(
+        train_command(data, student, out, save_every=5),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"lark-fast: --out {out}: cannot be written to: " in done.stderr
+    assert "Traceback" not in done.stderr
+    run(data, student, out, eval_data=str(data), **LONG)
+    assert_same_run(out, uninterrupted)
+
+
+def test_half_a_checkpoint_does_not_look_whole(tmp_path, data, student, monkeypatch):
+    def replace(source, target):
+        if Path(target).name == "tokenizer.json":
+            raise KeyboardInterrupt
+        os.rename(source, target)
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(state.os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, student, out, epochs=1)
+    monkeypatch.undo()
+    assert (out / "model.safetensors").exists()
+    assert not (out / "config.json").exists()
+    assert not json.loads((out / "manifest.json").read_text())["complete"]
+    RunDirectory(out, {}, overwrite=True)
+    assert [path.name for path in out.iterdir()] == ["manifest.json"]
+
+
+def test_a_run_half_thrown_away_is_not_complete(tmp_path, data, student, monkeypatch):
+    def stop(path):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    run(data, student, out, epochs=1)
+    monkeypatch.setattr(state.RunDirectory, "forget_states", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, student, out, epochs=1, lr=1e-4, overwrite=True)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"lr was 0\.003"):
+        run(data, student, out, epochs=1, lr=1e-4)
+    assert not run(data, student, out, epochs=1).already_complete
 
 
 def test_another_micro_batch_may_go_on(tmp_path, data, student, uninterrupted):
@@ -191,16 +305,21 @@ def test_overwrite(tmp_path, data, student):
 def test_directories_that_are_not_ours_are_left_alone(tmp_path, data, student):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("text")
+    (tmp_path / "full" / "draft.tmp").write_text("text")
     (tmp_path / "scores").mkdir()
     (tmp_path / "scores" / "manifest.json").write_text('{"complete": true}')
     with pytest.raises(UserError, match="holds other files"):
         run(data, student, tmp_path / "full", overwrite=True)
+    assert {path.name for path in (tmp_path / "full").iterdir()} == {"thesis.tex", "draft.tmp"}
     with pytest.raises(UserError, match="not a training run's"):
         run(data, student, tmp_path / "scores", overwrite=True)
     with pytest.raises(UserError, match="holds --student"):
         run(data, student, student, overwrite=True)
     with pytest.raises(UserError, match="holds --data"):
         run(data, student, tmp_path, overwrite=True)
+    # Its metrics.jsonl would be data when the run goes on.
+    with pytest.raises(UserError, match="lies in --data"):
+        run(data.parent, student, data.parent / "out")
 
 
 def test_the_checkpoint_is_the_students_kind(tmp_path, data):
@@ -227,7 +346,6 @@ def test_the_checkpoint_is_the_students_kind(tmp_path, data):
 
 
 def test_the_template_trained_with_goes_along(tmp_path, data, student):
-    template = CHATML.replace("<|im_start|>assistant", "<|im_start|>model").replace("m.role ~", "m.role|upper ~")
     template = CHATML.replace("'\\n' ~ m.content", "': ' ~ m.content").replace("assistant\\n", "assistant: ")
     assert template != CHATML
     run(data, student, tmp_path / "out", epochs=1, chat_template=template)
@@ -239,11 +357,12 @@ def test_what_is_written(tmp_path, data, student):
     summary = run(data, student, out, eval_data=str(data))
     lines = metrics(out, timed=True)
     assert lines[0].keys() == {"step", "epoch", "eval_loss"}
-    assert [line["step"] for line in lines] == list(range(7))
-    assert [line["epoch"] for line in lines] == [0, 1, 1, 1, 2, 2, 2]
-    assert ["eval_loss" in line for line in lines] == [True, False, False, True, False, False, True]
-    every = {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_s"}
-    assert all(line.keys() - {"eval_loss"} == every for line in lines[1:])
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
+    assert [line["epoch"] for line in lines] == [0, 1, 1, 1, 1, 2, 2, 2, 2]
+    steps = [line for line in lines if "eval_loss" not in line]
+    assert len(steps) == 6
+    assert all(line.keys() == {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_s"} for line in steps)
+    assert all(line.keys() == lines[0].keys() for line in lines if line not in steps)
     assert summary.first_loss == lines[1]["loss"]
     assert summary.eval_losses == tuple(line["eval_loss"] for line in lines if "eval_loss" in line)
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")

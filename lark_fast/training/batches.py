@@ -22,7 +22,7 @@ class MicroBatch:
     input_ids: Tensor  # [B, T]
     predicts: Tensor  # [S] positions in the flattened [B * T] whose next token is scored
     labels: Tensor  # [S] that next token
-    n_scored: Tensor  # [B] how many of the S belong to each trajectory, in order
+    token_weights: Tensor  # [S] float32: the factor of its nll
 
 
 def global_batch(step: int, n: int, batch_size: int, seed: int) -> np.ndarray:
@@ -57,8 +57,15 @@ def micro_batches(
             yield ordered[start : start + size]
 
 
-def collate(data: TrainingSet, rows: np.ndarray, device: torch.device) -> MicroBatch:
-    """Gather rows of the training set into one padded micro-batch on ``device``."""
+def collate(data: TrainingSet, rows: np.ndarray, weights: np.ndarray, device: torch.device) -> MicroBatch:
+    """Gather rows of the training set into one padded micro-batch on ``device``.
+
+    Args:
+        data: the training set.
+        rows: ``[B]`` indices of trajectories.
+        weights: ``[B]`` factor of every scored token of each.
+        device: where the micro-batch goes.
+    """
     lengths = data.lengths[rows] - 1  # [B]
     width = int(lengths.max())
     ids = np.zeros((len(rows), width), dtype=np.int64)
@@ -74,5 +81,5 @@ def collate(data: TrainingSet, rows: np.ndarray, device: torch.device) -> MicroB
         input_ids=torch.from_numpy(ids).to(device),
         predicts=torch.from_numpy(np.concatenate(predicts)).to(device),
         labels=torch.from_numpy(np.concatenate(labels).astype(np.int64)).to(device),
-        n_scored=torch.from_numpy(data.n_scored[rows]).to(device),
+        token_weights=torch.from_numpy(np.repeat(weights, data.n_scored[rows]).astype(np.float32)).to(device),
     )

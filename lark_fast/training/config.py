@@ -28,7 +28,8 @@ class TrainConfig:
         betas: of AdamW.
         clip: largest gradient norm of a step; 0 does not clip.
         loss_norm: "trajectory" weighs trajectories, "token" weighs tokens; see ``lark_fast.training.objective``.
-        dtype: "float32", "bfloat16" (autocast over float32 master weights), or "auto": bfloat16 on a GPU that has it.
+        dtype: "float32", "bfloat16" (autocast over float32 master weights), or "auto": bfloat16 on a GPU or a CPU that
+            has it in hardware.
         device: "auto", "cpu", "cuda", ...
         seed: of the order of the data and of dropout.
         save_every: steps between resume states; 0 keeps none.
@@ -72,8 +73,8 @@ class TrainConfig:
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch is at least 1, not {self.micro_batch}")
         for name in ("weight_decay", "clip", "seed", "save_every"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is at least 0, not {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is finite and at least 0, not {getattr(self, name)}")
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"lr is a positive number, not {self.lr}")
         if not 0 <= self.warmup_ratio <= 1:

@@ -16,6 +16,9 @@ from lark_fast.progress import track
 from lark_fast.rendering.renderer import Renderer
 
 SHOWN_ROWS = 64
+# Weights that lie further apart cannot be told from 0 beside each other in float32.
+SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-15, 1e15
+ALLOWED_WEIGHTS = f"it must be 0, which leaves the row out, or lie between {SMALLEST_WEIGHT:g} and {LARGEST_WEIGHT:g}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,13 +121,13 @@ def _weight(record: Record) -> float:
 
 def _checked(name: str, value: Any) -> float:
     if value is None:
-        raise RejectError(f"{name} is null, NaN or infinite; it must be a finite number of at least 0")
+        raise RejectError(f"{name} is null, NaN or infinite; {ALLOWED_WEIGHTS}")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RejectError(f"{name} is {value!r:.40}, not a number")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if number < 0 or not math.isfinite(number):
-        raise RejectError(f"{name} is {number:g}; it must be finite and at least 0")
+    if number != 0 and not SMALLEST_WEIGHT <= number <= LARGEST_WEIGHT:
+        raise RejectError(f"{name} is {number:g}; {ALLOWED_WEIGHTS}")
     return number

@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 
-from lark_fast.files import TEMPORARY_SUFFIX, atomic_path
 from lark_fast.student import Student, student_files
-from lark_fast.training.state import move_into
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -26,8 +24,8 @@ TOKENIZER_FILES = (
 
 def write_checkpoint(
     student: Student, out: Path, *, dtype: torch.dtype, chat_template: str | None, with_code: bool
-) -> list[str]:
-    """Write model and tokenizer into ``out``, file by file under their final names once all are whole.
+) -> None:
+    """Write model and tokenizer into ``out``.
 
     Args:
         student: the trained one; its parameters are cast to ``dtype`` in place.
@@ -35,25 +33,16 @@ def write_checkpoint(
         dtype: of the weights on disk.
         chat_template: the template trained with in place of the tokenizer's own, or None.
         with_code: copy the student's own Python files too.
-
-    Returns:
-        The names of the files.
     """
     directory = student_files(student.path)
-    temporary = out / f"checkpoint{TEMPORARY_SUFFIX}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     # The tokenizer's files are copied as they are: loading and saving one again may change how it splits.
     for pattern in (*TOKENIZER_FILES, *(["*.py"] if with_code else [])):
         for file in directory.glob(pattern):
             if file.is_file():
-                shutil.copyfile(file, temporary / file.name)
+                shutil.copyfile(file, out / file.name)
     if chat_template is not None:
-        (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    student.model.to(dtype).save_pretrained(temporary)
-    names = move_into(sorted(temporary.iterdir()), out)
-    temporary.rmdir()
-    return names
+        (out / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    student.model.to(dtype).save_pretrained(out)
 
 
 def checkpoint_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype:
@@ -64,13 +53,13 @@ def checkpoint_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dty
     return getattr(config.get_text_config(), "dtype", None) or config.dtype or torch.float32
 
 
-def draw_losses(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Draw training and held-out loss over the steps into a PNG; False, and a line that says so, without matplotlib."""
+def draw_losses(metrics: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw training and held-out loss over the steps into a PNG; without matplotlib, say so."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print(f"lark-fast: {path.name} needs matplotlib: pip install 'lark-fast[plot]'", file=sys.stderr)
-        return False
+        return
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for name, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
@@ -80,6 +69,4 @@ def draw_losses(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-    return True
+    figure.savefig(path, format="png", dpi=150)

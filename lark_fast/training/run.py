@@ -17,6 +17,7 @@ from lark_fast.rendering.renderer import Renderer
 from lark_fast.student import fingerprint, load_student, student_files
 from lark_fast.training.config import TrainConfig, TrainSummary
 from lark_fast.training.data import TrainingSet, load_training_set
+from lark_fast.training.interrupts import Interrupts
 from lark_fast.training.output import checkpoint_dtype, draw_losses, write_checkpoint
 from lark_fast.training.state import RunDirectory
 from lark_fast.training.step import Measured, Trainer
@@ -35,7 +36,7 @@ def train(config: TrainConfig) -> TrainSummary:
 
     Raises:
         UserError: bad input, a directory that belongs to another run, no memory, a loss or gradient that is not finite.
-        KeyboardInterrupt: stopped by hand; the finished steps are kept.
+        KeyboardInterrupt: stopped by Ctrl-C or SIGTERM; the finished steps are kept.
     """
     _refuse_overlap(config)
     student = load_student(
@@ -60,17 +61,19 @@ def train(config: TrainConfig) -> TrainSummary:
     }
     directory = RunDirectory(config.out, identity, overwrite=config.overwrite)
     if directory.complete:
+        directory.forget_states()
         return _summary(directory, already_complete=True)
     trainer = Trainer(student, data, config, bfloat16=bfloat16)
     devices = [student.device] if student.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), Interrupts() as interrupts:
         try:
-            timing = _run(trainer, held_out, directory)
+            timing = _run(trainer, held_out, directory, interrupts)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 "the GPU has no memory left: lower --micro-batch, give --gradient-checkpointing, or lower --max-length"
             ) from error
-    return _finish(config, trainer, directory, timing)
+        with interrupts.held():
+            return _finish(config, trainer, directory, timing)
 
 
 @dataclass(slots=True)
@@ -86,35 +89,33 @@ class _Timing:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-def _run(trainer: Trainer, held_out: TrainingSet | None, directory: RunDirectory) -> _Timing:
+def _run(trainer: Trainer, held_out: TrainingSet | None, directory: RunDirectory, interrupts: Interrupts) -> _Timing:
     """All steps that are not done yet."""
     config = trainer.config
     timing = _Timing(directory.resume(trainer.model, trainer.optimizer))
-    done = saved = timing.resumed_from or 0
-    if timing.resumed_from is None and held_out is not None:
-        directory.log({"step": 0, "epoch": 0, "eval_loss": _evaluate(trainer, held_out, 0)})
+    first = done = saved = timing.resumed_from or 0
     whole = True  # weights, optimiser and log all stand at `done` steps
     try:
-        with track("training", trainer.steps - done) as progress:
-            for step in range(done, trainer.steps):
+        _evaluate(trainer, held_out, directory, done)
+        with track("training", trainer.steps - first) as progress:
+            for step in range(first, trainer.steps):
                 started = time.monotonic()
                 measured = trainer.measure(step)
                 _refuse_what_is_not_finite(measured, step, trainer.data)
-                whole = False
-                trainer.update(step)
-                seconds = time.monotonic() - started
-                timing.tokens += measured.tokens
-                timing.seconds += seconds
-                line = _line(trainer, measured, step, seconds)
-                if held_out is not None and (step + 1) % trainer.steps_per_epoch == 0:
-                    line["eval_loss"] = _evaluate(trainer, held_out, step + 1)
-                directory.log(line)
-                done, whole = step + 1, True
-                _show(progress, done - (timing.resumed_from or 0), measured, timing)
-                if config.save_every and done % config.save_every == 0:
-                    directory.save(done, trainer.model, trainer.optimizer)
-                    saved = done
-    except KeyboardInterrupt:
+                with interrupts.held():
+                    whole = False
+                    trainer.update(step)
+                    seconds = time.monotonic() - started
+                    timing.tokens += measured.tokens
+                    timing.seconds += seconds
+                    directory.log(_line(trainer, measured, step, seconds))
+                    done, whole = step + 1, True
+                    if config.save_every and done % config.save_every == 0:
+                        directory.save(done, trainer.model, trainer.optimizer)
+                        saved = done
+                _show(progress, done - first, measured, timing)
+                _evaluate(trainer, held_out, directory, done)
+    except (KeyboardInterrupt, torch.OutOfMemoryError):
         if whole and done > saved:
             directory.save(done, trainer.model, trainer.optimizer)
         raise
@@ -134,11 +135,17 @@ def _line(trainer: Trainer, measured: Measured, step: int, seconds: float) -> di
     }
 
 
-def _evaluate(trainer: Trainer, held_out: TrainingSet, steps: int) -> float:
+def _evaluate(trainer: Trainer, held_out: TrainingSet | None, directory: RunDirectory, done: int) -> None:
+    """Log the held-out loss before the first step and after each epoch, unless a stopped run has logged it."""
+    if held_out is None or done % trainer.steps_per_epoch:
+        return
+    metrics = directory.metrics()
+    if metrics and "eval_loss" in metrics[-1]:
+        return
     loss = trainer.evaluate(held_out)
     if not math.isfinite(loss):
-        raise UserError(f"after step {steps} the held-out loss is {loss}; lower --lr or look at --eval-data")
-    return loss
+        raise UserError(f"after step {done} the held-out loss is {loss}; lower --lr or look at --eval-data")
+    directory.log({"step": done, "epoch": done // trainer.steps_per_epoch, "eval_loss": loss})
 
 
 def _refuse_what_is_not_finite(measured: Measured, step: int, data: TrainingSet) -> None:
@@ -159,15 +166,15 @@ def _finish(config: TrainConfig, trainer: Trainer, directory: RunDirectory, timi
 
     data, metrics = trainer.data, directory.metrics()
     dtype = checkpoint_dtype(config.student, trust_remote_code=config.trust_remote_code)
-    files = write_checkpoint(
-        trainer.student,
-        directory.path,
-        dtype=dtype,
-        chat_template=config.chat_template,
-        with_code=config.trust_remote_code,
-    )
-    if draw_losses(metrics, directory.path / "loss.png"):
-        files.append("loss.png")
+    with directory.checkpoint() as files:
+        write_checkpoint(
+            trainer.student,
+            files,
+            dtype=dtype,
+            chat_template=config.chat_template,
+            with_code=config.trust_remote_code,
+        )
+        draw_losses(metrics, files / "loss.png")
     losses = [line["loss"] for line in metrics if "loss" in line]
     directory.write_manifest(
         complete=True,
@@ -197,7 +204,7 @@ def _finish(config: TrainConfig, trainer: Trainer, directory: RunDirectory, timi
             "python": platform.python_version(),
         },
         device=str(trainer.student.device),
-        files=files,
+        files=directory.manifest["files"],
     )
     directory.forget_states()
     return _summary(directory)
@@ -221,7 +228,7 @@ def _summary(directory: RunDirectory, *, already_complete: bool = False) -> Trai
 
 
 def _refuse_overlap(config: TrainConfig) -> None:
-    """The run's directory may not be, or hold, what the run reads."""
+    """The run's directory may not be, or hold, what the run reads, nor be read as data when the run goes on."""
     out = Path(config.out).resolve()
     paths = {"--student": student_files(config.student), "--data": Path(config.data)}
     if config.eval_data is not None:
@@ -229,7 +236,13 @@ def _refuse_overlap(config: TrainConfig) -> None:
     for name, path in paths.items():
         if path.resolve().is_relative_to(out):
             raise UserError(f"--out {config.out}: holds {name} {path}; give another directory")
+        if name != "--student" and out.is_relative_to(path.resolve()):
+            raise UserError(f"--out {config.out}: lies in {name} {path}; give another directory")
 
 
 def _has_bfloat16(device: torch.device) -> bool:
+    """Whether it multiplies bf16 in hardware. On an EPYC with avx512_bf16 a step is then 1.05 to 1.3 times as fast for
+    students of 1 to 160 M parameters."""
+    if device.type == "cpu":
+        return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

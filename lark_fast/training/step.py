@@ -39,8 +39,8 @@ class Trainer:
         self.model = student.model.requires_grad_(True)
         if config.gradient_checkpointing:
             # Later releases of Transformers give the same switch another name.
-            older = self.model.gradient_checkpointing_enable
-            getattr(self.model, "activation_checkpointing_enable", older)({"use_reentrant": False})
+            new = getattr(self.model, "activation_checkpointing_enable", None)
+            (new or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
         self.steps_per_epoch = steps_per_epoch(len(data), config.global_batch)
         self.steps = config.epochs * self.steps_per_epoch
         self._mean_weight = mean_weight(data.weights, data.n_scored, config.loss_norm)
@@ -76,7 +76,7 @@ class Trainer:
                 mean=self._mean_weight,
                 loss_norm=config.loss_norm,
             )
-            loss = self._loss(collate(data, part, device), weights)
+            loss = self._loss(collate(data, part, weights, device))
             loss.backward()
             objective += loss.detach()
             total_weight += float(weights @ data.n_scored[part])
@@ -103,22 +103,23 @@ class Trainer:
             weights = token_weights(
                 np.ones(len(part)), data.n_scored[part], batch_size=len(data), mean=1.0, loss_norm="trajectory"
             )
-            total += self._loss(collate(data, part, device), weights)
+            total += self._loss(collate(data, part, weights, device))
         return total.item()
 
-    def _loss(self, batch: MicroBatch, weights: np.ndarray) -> Tensor:
-        """``weights`` [B] of every trajectory's tokens -> sum over its scored tokens of weight x nll."""
+    def _loss(self, batch: MicroBatch) -> Tensor:
+        """Sum over the scored tokens of weight x nll."""
         device = self.student.device
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
             hidden = self.student.hidden(batch.input_ids)  # [B, T, D]
         hidden = hidden.flatten(0, 1).index_select(0, batch.predicts)  # [S, D]
         head = self.student.head
-        operand = torch.bfloat16 if self.bfloat16 else head.weight.dtype
+        # On a CPU the head multiplies in float32 whatever it is given: there, rounding would only cost digits.
+        operand = torch.bfloat16 if self.bfloat16 and device.type != "cpu" else head.weight.dtype
         return linear_cross_entropy(
             hidden.to(operand),
             head.weight.to(operand),
             batch.labels,
-            torch.from_numpy(weights).float().to(device).repeat_interleave(batch.n_scored),
+            batch.token_weights,
             bias=head.bias,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
