@@ -4,7 +4,7 @@ import math
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,12 @@ def train(config: TrainConfig) -> TrainSummary:
         config.student, device=config.device, dtype="float32", trust_remote_code=config.trust_remote_code
     )
     bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and _has_bfloat16(student.device))
-    limit = min(config.options.max_length, student.max_positions or config.options.max_length)
-    options = replace(config.options, max_length=limit)
+    options = config.options.fitting(student.max_positions)
     renderer = Renderer(student.tokenizer, options, vocab_size=student.vocab_size, chat_template=config.chat_template)
     data = load_training_set(config.data, renderer)
     held_out = None if config.eval_data is None else load_training_set(config.eval_data, renderer, weighted=False)
     if data.truncated:
-        print(f"lark-fast: {data.truncated} of {len(data)} trajectories are cut at {limit} tokens", file=sys.stderr)
+        print(f"lark-fast: {data.truncated} of {len(data)} trajectories are cut at {options.max_length} tokens", file=sys.stderr)
     identity = {
         "student": fingerprint(config.student),
         "data": data.hash(),
