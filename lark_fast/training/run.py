@@ -48,7 +48,8 @@ def train(config: TrainConfig) -> TrainSummary:
     data = load_training_set(config.data, renderer)
     held_out = None if config.eval_data is None else load_training_set(config.eval_data, renderer, weighted=False)
     if data.truncated:
-        print(f"lark-fast: {data.truncated} of {len(data)} trajectories are cut at {options.max_length} tokens", file=sys.stderr)
+        cut = f"{data.truncated} of {len(data)} trajectories are cut at {options.max_length} tokens"
+        print(f"lark-fast: {cut}", file=sys.stderr)
     identity = {
         "student": fingerprint(config.student),
         "data": data.hash(),
