@@ -11,11 +11,14 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"lark-fast: {' '.join(str(error).split())}", file=sys.stderr)
+        from lark_fast.rendering.inspection import visible
+
+        # It may quote a pool: nothing in it acts on the terminal.
+        print(f"lark-fast: {visible(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
         if end.code == 130:
-            message = "interrupted; what was finished is kept, and the same command goes on from there"
+            message = "interrupted; what is on disk is kept, and the same command goes on from there"
             print(f"lark-fast: {message}", file=sys.stderr)
         raise
 

@@ -1,5 +1,6 @@
 """The command line: arguments in, one call, a few lines out. Heavy imports wait until a command runs."""
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -157,6 +158,7 @@ def score(
     summary = score_pool(config)
     _print_score_summary(summary, dry_run)
     if not (summary.scored or summary.kept):
+        print("lark-fast: nothing could be scored", file=sys.stderr)
         raise typer.Exit(3)
 
 
@@ -279,12 +281,19 @@ def inspect(
 
     from lark_fast.rendering.inspection import find_record, inspect_record
     from lark_fast.rendering.renderer import Renderer
-    from lark_fast.student import load_tokenizer
+    from lark_fast.student import load_config, load_tokenizer
 
     found = find_record(pool, record)
-    options = _options(span, render, system, last_turn_only, long, max_length)
-    tokenizer = load_tokenizer(student, trust_remote_code)
-    inspect_record(found, Renderer(tokenizer, options, chat_template=_template(chat_template)), Console())
+    config = load_config(student, trust_remote_code)
+    renderer = Renderer(
+        load_tokenizer(student, trust_remote_code),
+        _options(span, render, system, last_turn_only, long, max_length).fitting(
+            getattr(config, "max_position_embeddings", None)
+        ),
+        vocab_size=config.vocab_size,
+        chat_template=_template(chat_template),
+    )
+    inspect_record(found, renderer, Console())
 
 
 @app.command()

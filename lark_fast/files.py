@@ -2,12 +2,39 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from lark_fast.errors import UserError
+
 TEMPORARY_SUFFIX = ".tmp"
+
+
+def refuse_overlap(out: str | os.PathLike[str], inputs: Mapping[str, Iterable[Path]]) -> None:
+    """What a run reads, by the option that names it, may not lie in the directory it writes, nor hold it.
+
+    Raises:
+        UserError: it does.
+    """
+    resolved = Path(out).resolve()
+    for option, paths in inputs.items():
+        for path in paths:
+            if path.resolve().is_relative_to(resolved):
+                raise UserError(f"--out {out}: holds {option} {path}; give another directory")
+            # A student is loaded by the names of its files; a pool's directory is searched.
+            if option != "--student" and resolved.is_relative_to(path.resolve()):
+                raise UserError(f"--out {out}: lies in {option} {path}; give another directory")
+
+
+@contextmanager
+def writing_to(out: str | os.PathLike[str]) -> Iterator[None]:
+    """A disk that is full or cannot be written to is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written to: {error.strerror or error}") from error
 
 
 @contextmanager

@@ -235,11 +235,16 @@ def student_files(path: str) -> Path:
 def fingerprint(path: str) -> dict[str, str]:
     """What identifies a student: SHA-256 over the bytes of its config and weights, and of its tokenizer's files."""
     directory = student_files(path)
-    weights = sorted([directory / "config.json", *directory.glob("*.safetensors"), *directory.glob("adapter_*")])
+    patterns = ("config.json", "*.safetensors", "adapter_*", "*.py")
+    weights = sorted(file for pattern in patterns for file in directory.glob(pattern))
     words = sorted(
         file
         for file in directory.iterdir()
-        if file.is_file() and (file.name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "added_tokens")))
+        if file.is_file()
+        and (
+            file.name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "added_tokens"))
+            or file.suffix in (".model", ".tiktoken")
+        )
     )
     return {"weights": _digest(weights), "tokenizer": _digest(words)}
 

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -233,3 +234,71 @@ def test_help_is_instant():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 0, done.stderr
     assert "--max-length" in done.stdout
+
+
+def test_nothing_of_somebody_elses_is_thrown_away(tmp_path, student):
+    records = write_jsonl(tmp_path / "pool.jsonl", make_records(2))
+    pool = tmp_path / "pd"
+    pool.mkdir()
+    table = pa.Table.from_pylist([json.loads(line) for line in records.read_text().splitlines()])
+    pq.write_table(table, pool / "part-00000.parquet")
+    for out in (pool, pool / "scores"):
+        done = run("score", "--pool", pool, "--student", student, "--out", out, "--overwrite", code=2)
+        assert "give another directory" in done.stderr
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "part-00000.parquet").write_bytes(b"theirs")
+    (other / "notes.tmp").write_bytes(b"theirs too")
+    done = run("score", "--pool", pool, "--student", student, "--out", other, "--overwrite", code=2)
+    assert "no manifest.json" in done.stderr
+    assert sorted(path.name for path in other.iterdir()) == ["notes.tmp", "part-00000.parquet"]
+    done = run("select", "--scores", other, "--pool", pool, "--out", pool / "selection", code=2)
+    assert "give another directory" in done.stderr
+
+
+def test_a_damaged_store_is_one_line(tmp_path, pool, student):
+    arguments = ("score", "--pool", pool, "--student", student, "--out", tmp_path / "s")
+    run(*arguments, "--export", "lark-json")
+    (part,) = part_files(tmp_path / "s")
+    whole = part.read_bytes()
+    part.write_bytes(whole[: len(whole) // 2])
+    assert "cannot be read" in run(*arguments, code=2).stderr
+    part.write_bytes(whole)
+    (tmp_path / "s" / "manifest.json").write_text('{"format": 1}')
+    assert "not a manifest" in run(*arguments, code=2).stderr
+
+
+def test_a_full_disk_is_one_line(tmp_path, pool, student):
+    # Files of at most 2,048 bytes, which no part fits in; with SIGXFSZ ignored the write fails as on a full disk.
+    words = ["score", "--pool", pool, "--student", student, "--out", tmp_path / "s"]
+    program = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048)); from lark_fast.__main__ import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, words)], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written to" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_export_does_not_outlive_its_scores(tmp_path, pool, student):
+    arguments = ("score", "--pool", pool, "--student", student, "--out", tmp_path / "s")
+    run(*arguments, "--limit", 4, "--export", "lark-json")
+    assert (tmp_path / "s" / "lark_ghat.json").exists()
+    run(*arguments)
+    assert not (tmp_path / "s" / "lark_ghat.json").exists()
+
+
+def test_errors_cannot_act_on_the_terminal(tmp_path, student):
+    pool = tmp_path / "a\x1b[31mred.jsonl"
+    pool.write_text("{\n")
+    done = run("score", "--pool", pool, "--student", student, "--out", tmp_path / "s", "--strict", code=2)
+    assert "\x1b" not in done.stderr
+    assert "\\x1b[31mred.jsonl:1" in done.stderr
+
+
+def test_inspect_cuts_where_score_does(tmp_path, pool):
+    student = write_student(tmp_path / "student", max_position_embeddings=30)
+    assert "30 tokens" in run("inspect", "--pool", pool, "--student", student, "--record", 17).stdout

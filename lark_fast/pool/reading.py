@@ -40,11 +40,18 @@ class Pool:
 
     def __init__(self, paths: Sequence[str], *, max_record_bytes: int = 64 << 20) -> None:
         """Find the files; UserError when there is nothing behind a path."""
-        self.files = find_pool_files([paths] if isinstance(paths, str | os.PathLike) else paths)
+        named = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+        self._paths = [Path(path) for path in named]
+        self.files = find_pool_files(named)
         self.max_record_bytes = max_record_bytes
         self._sizes = [_size(file) for file in self.files]
         self.total_bytes = sum(self._sizes)
         self.bytes_read = 0
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The files, and the directories that were named: nothing may be written into these."""
+        return [*self.files, *(path for path in self._paths if path.is_dir())]
 
     def read(self, limit: int | None = None) -> Iterator[Record | Rejected]:
         """Yield every record of the pool in order, usable or not, at most ``limit`` of them.

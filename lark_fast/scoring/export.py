@@ -8,9 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from lark_fast.files import atomic_open
-from lark_fast.scoring.store import part_files, read_manifest
-
-LARK_JSON = "lark_ghat.json"
+from lark_fast.scoring.store import LARK_JSON, part_files, read_manifest
 
 
 def export_lark_json(scores: str | Path) -> Path:

@@ -10,9 +10,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+import pyarrow as pa
+
 import lark_fast
 from lark_fast.errors import RejectError, UserError
-from lark_fast.files import atomic_open
+from lark_fast.files import atomic_open, refuse_overlap, writing_to
 from lark_fast.packing import windows
 from lark_fast.pool.keys import KeyTable
 from lark_fast.pool.reading import Pool, Rejected
@@ -84,6 +87,7 @@ def score_pool(config: ScoreConfig) -> ScoreSummary:
     pool = Pool(config.pool)
     if config.dry_run:
         return _dry_run(config, pool)
+    refuse_overlap(config.out, {"--pool": pool.inputs})
     from lark_fast.scoring.scorer import Scorer
     from lark_fast.student import load_student
 
@@ -100,7 +104,8 @@ def score_pool(config: ScoreConfig) -> ScoreSummary:
     )
     store = ScoreStore(config.out, _identity(config, scorer), overwrite=config.overwrite)
     summary = ScoreSummary(out=config.out)
-    with _reject_log(store.directory / "rejected.jsonl") as log, track("scoring", pool.total_bytes) as progress:
+    rejects = store.directory / "rejected.jsonl"
+    with writing_to(config.out), _reject_log(rejects) as log, track("scoring", pool.total_bytes) as progress:
         display = _Display(progress, pool, summary)
         stream = _Stream(config, pool, store, scorer.renderer, summary, log)
         for window in windows(((item, len(item[1].input_ids)) for item in stream), max_tokens=scorer.tokens_per_window):
@@ -111,8 +116,8 @@ def score_pool(config: ScoreConfig) -> ScoreSummary:
             summary.input_tokens += sum(s.n_input_tokens for s in stats)
             summary.scored_tokens += sum(s.n_tokens for s in stats)
             display.after_window()
-    stream.refuse_a_changed_pool()
-    _finish(config, store, summary)
+    with writing_to(config.out):
+        _finish(config, store, summary)
     return summary
 
 
@@ -133,7 +138,6 @@ class _Stream:
         for key, content in store.keys() if store else ():
             self.known.add(key, content, met=False)
         self.resumed = len(self.known) > 0
-        self.changed: tuple[int, str] = (0, "")
 
     def __iter__(self) -> Iterator[tuple[Record, Rendered]]:
         for item in self.pool.read(self.config.limit):
@@ -177,7 +181,11 @@ class _Stream:
             )
             return False
         if entry.content != KeyTable.short_content(record.content_hash()):
-            self.changed = (self.changed[0] + 1, self.changed[1] or f"{record.source}:{record.line}")
+            # A stored score must not stand for a text that is no longer there.
+            raise UserError(
+                f"{record.source}:{record.line}: this record's text is not the one that was scored; "
+                "give a changed pool a directory of its own, or --overwrite"
+            )
         self.known.mark(record.key)
         self.summary.kept += 1
         return False
@@ -192,15 +200,6 @@ class _Stream:
             self.summary.first_rejects.append(where)
         if self.log is not None:
             self.log.write(json.dumps({"source": source, "line": line, "reason": reason}) + "\n")
-
-    def refuse_a_changed_pool(self) -> None:
-        """A stored score must not stand for a text that is no longer there."""
-        count, first = self.changed
-        if count:
-            raise UserError(
-                f"{first}: this record's text is not the one that was scored ({count} such records); "
-                "give a changed pool a directory of its own, or --overwrite"
-            )
 
 
 def _dry_run(config: ScoreConfig, pool: Pool) -> ScoreSummary:
@@ -256,7 +255,11 @@ def _row(record: Record, stats: Any, config: ScoreConfig) -> dict[str, Any]:
         "token_hash": stats.token_hash,
     }
     if config.per_token:
-        row |= {f"token_{name}": getattr(stats.tokens, name).numpy() for name in ("nll", "brier", "entropy", "rank")}
+        row |= {
+            f"token_{name}": values.numpy()
+            for name in ("nll", "brier", "brier_topk", "entropy", "rank")
+            if (values := getattr(stats.tokens, name)) is not None
+        }
     return row
 
 
@@ -271,13 +274,22 @@ def _finish(config: ScoreConfig, store: ScoreStore, summary: ScoreSummary) -> No
         "tokens_per_second": round(summary.tokens_per_second, 1),
     }
     manifest = store.finish(
-        config={"student": config.student, "pool": list(config.pool), "limit": config.limit},
+        config={
+            "student": config.student,
+            "pool": list(config.pool),
+            "limit": config.limit,
+            "max_length": config.options.max_length,
+            "device": config.device,
+            "tokens_per_batch": config.tokens_per_batch,
+        },
         counts={"records": summary.records, "rejected": summary.rejected},
         timing=timing if summary.scored else store.manifest.get("timing", timing),
         versions={
             "lark_fast": lark_fast.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            "numpy": np.__version__,
+            "pyarrow": pa.__version__,
             "python": platform.python_version(),
         },
     )

@@ -19,15 +19,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lark_fast.errors import UserError
-from lark_fast.files import TEMPORARY_SUFFIX, atomic_path, write_json
+from lark_fast.files import TEMPORARY_SUFFIX, atomic_path, write_json, writing_to
 from lark_fast.scoring.learnability import g_hat, rho
 
 FORMAT = 1
 GROUP_ROWS = 1_000_000  # rows whose problems are grouped in memory at a time
+LARK_JSON = "lark_ghat.json"  # of ``export``; stale once the store changes
 STATISTICS = ("nll", "brier", "brier_topk", "entropy", "rank_mean", "rsr")
 PER_TOKEN = {
     "token_nll": pa.float32(),
     "token_brier": pa.float32(),
+    "token_brier_topk": pa.float32(),
     "token_entropy": pa.float32(),
     "token_rank": pa.int32(),
 }
@@ -36,6 +38,7 @@ PER_TOKEN = {
 def schema(*, top_k: int | None, per_token: bool = False, final: bool = False) -> pa.Schema:
     """Columns of a part, raw or final."""
     statistics = [name for name in STATISTICS if name != "brier_topk" or top_k is not None]
+    tokens = [name for name in PER_TOKEN if per_token and (name != "token_brier_topk" or top_k is not None)]
     derived = ["rho", "g_hat"] if final else []
     return pa.schema(
         [
@@ -49,7 +52,7 @@ def schema(*, top_k: int | None, per_token: bool = False, final: bool = False) -
             *[(name, pa.float64()) for name in (*statistics, *derived)],
             ("content_hash", pa.binary(16)),
             ("token_hash", pa.binary(16)),
-            *[(name, pa.list_(kind)) for name, kind in PER_TOKEN.items() if per_token],
+            *[(name, pa.list_(PER_TOKEN[name])) for name in tokens],
         ]
     )
 
@@ -70,19 +73,20 @@ class ScoreStore:
     def __init__(self, directory: str | Path, identity: dict[str, Any], *, overwrite: bool = False) -> None:
         self.directory, self.identity = Path(directory), identity
         self.manifest: dict[str, Any] = {"complete": False}
-        try:
+        with writing_to(directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            if overwrite:
-                self._clear()
-            for leftover in self.directory.glob("*" + TEMPORARY_SUFFIX):
-                leftover.unlink()
-        except OSError as error:
-            raise UserError(f"--out {directory}: cannot be written to: {error.strerror}") from error
-        if self.parts():
-            self.manifest = read_manifest(self.directory)
-            self._refuse_another_identity(self.manifest["identity"])
-        else:
-            self.write_manifest(complete=False)
+            if self.parts():
+                # Without a manifest of ours they are somebody else's parts, and nothing of that is thrown away.
+                self.manifest = read_manifest(self.directory)
+                if overwrite:
+                    self._clear()
+                else:
+                    self._refuse_another_identity(self.manifest["identity"])
+            for name in ("part-*.parquet", "manifest.json", "rejected.jsonl", LARK_JSON):
+                for leftover in self.directory.glob(name + TEMPORARY_SUFFIX):
+                    leftover.unlink()
+            if not self.parts():
+                self.write_manifest(complete=False)
 
     @property
     def manifest_path(self) -> Path:
@@ -96,14 +100,19 @@ class ScoreStore:
     def keys(self) -> Iterator[tuple[tuple[str, str], bytes]]:
         """((problem_id, candidate_id), content_hash) of every stored row."""
         for part in self.parts():
-            for batch in pq.ParquetFile(part).iter_batches(columns=["problem_id", "candidate_id", "content_hash"]):
-                problem, candidate, content = (column.to_pylist() for column in batch.columns)
-                yield from zip(zip(problem, candidate, strict=True), content, strict=True)
+            try:
+                names = ["problem_id", "candidate_id", "content_hash"]
+                for batch in pq.ParquetFile(part).iter_batches(columns=names):
+                    problem, candidate, content = (column.to_pylist() for column in batch.columns)
+                    yield from zip(zip(problem, candidate, strict=True), content, strict=True)
+            except (OSError, pa.ArrowException) as error:
+                raise UserError(f"{part}: cannot be read ({error}); remove it, and it is scored again") from error
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write one part; after this returns, the rows survive anything."""
         if self.manifest["complete"]:
             self.write_manifest(complete=False)
+            (self.directory / LARK_JSON).unlink(missing_ok=True)
         parts = self.parts()
         number = int(parts[-1].stem.removeprefix("part-")) + 1 if parts else 0
         columns = schema(top_k=self.identity["top_k"], per_token=self.identity["per_token"])
@@ -217,7 +226,8 @@ class ScoreStore:
             )
 
     def _clear(self) -> None:
-        for file in [*self.parts(), self.manifest_path, self.directory / "rejected.jsonl"]:
+        others = (self.directory / name for name in ("rejected.jsonl", LARK_JSON))
+        for file in [*self.parts(), *others, self.manifest_path]:
             file.unlink(missing_ok=True)
 
 
@@ -239,7 +249,8 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         raise UserError(f"{directory}: no manifest.json there; is it what `lark-fast score --out` wrote?") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    known = isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    if not known or not {"identity", "complete", "brier"} <= manifest.keys():
         raise UserError(f"{path}: not a manifest of this version of lark-fast (format {FORMAT})")
     return manifest
 

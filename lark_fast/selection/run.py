@@ -14,7 +14,7 @@ import pyarrow as pa
 
 import lark_fast
 from lark_fast.errors import UserError
-from lark_fast.files import atomic_open, write_json
+from lark_fast.files import atomic_open, refuse_overlap, write_json, writing_to
 from lark_fast.kernels.chi2 import TIES
 from lark_fast.pool.keys import KeyTable
 from lark_fast.pool.reading import Pool, Rejected
@@ -103,6 +103,7 @@ def select(config: SelectConfig) -> SelectionSummary:
     if train.exists() and not config.overwrite:
         raise UserError(f"--out {config.out}: holds a selection already; give another directory or --overwrite")
     pool = Pool(config.pool)
+    refuse_overlap(config.out, {"--pool": pool.inputs})
     manifest = read_manifest(config.scores)
     if not manifest["complete"]:
         raise UserError(
@@ -112,7 +113,7 @@ def select(config: SelectConfig) -> SelectionSummary:
     rows = ScoredRows(config.scores, needed_columns(config.policy))
     weighed = weigh(rows, config.policy, options, config.seed)
     stream = _Stream(rows, weighed, _logged_rejects(Path(config.scores)))
-    try:
+    with writing_to(config.out):
         train.parent.mkdir(parents=True, exist_ok=True)
         with atomic_open(train) as file:
             stream.write(pool, file)
@@ -121,8 +122,6 @@ def select(config: SelectConfig) -> SelectionSummary:
             (train.parent / "manifest.json").unlink(missing_ok=True)
         summary = _summary(config, rows, weighed, stream)
         _write_manifest(train.parent / "manifest.json", config, options, manifest, summary)
-    except OSError as error:
-        raise UserError(f"--out {config.out}: cannot be written to: {error.strerror or error}") from error
     return summary
 
 

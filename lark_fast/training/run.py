@@ -12,6 +12,7 @@ import torch
 
 import lark_fast
 from lark_fast.errors import UserError
+from lark_fast.files import refuse_overlap
 from lark_fast.progress import Progress, track
 from lark_fast.rendering.renderer import Renderer
 from lark_fast.student import fingerprint, load_student, student_files
@@ -38,7 +39,8 @@ def train(config: TrainConfig) -> TrainSummary:
         UserError: bad input, a directory that belongs to another run, no memory, a loss or gradient that is not finite.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM; the finished steps are kept.
     """
-    _refuse_overlap(config)
+    read = {"--student": [student_files(config.student)], "--data": [Path(config.data)]}
+    refuse_overlap(config.out, read | ({"--eval-data": [Path(config.eval_data)]} if config.eval_data else {}))
     student = load_student(
         config.student, device=config.device, dtype="float32", trust_remote_code=config.trust_remote_code
     )
@@ -225,19 +227,6 @@ def _summary(directory: RunDirectory, *, already_complete: bool = False) -> Trai
         already_complete=already_complete,
         **timing,
     )
-
-
-def _refuse_overlap(config: TrainConfig) -> None:
-    """The run's directory may not be, or hold, what the run reads, nor be read as data when the run goes on."""
-    out = Path(config.out).resolve()
-    paths = {"--student": student_files(config.student), "--data": Path(config.data)}
-    if config.eval_data is not None:
-        paths["--eval-data"] = Path(config.eval_data)
-    for name, path in paths.items():
-        if path.resolve().is_relative_to(out):
-            raise UserError(f"--out {config.out}: holds {name} {path}; give another directory")
-        if name != "--student" and out.is_relative_to(path.resolve()):
-            raise UserError(f"--out {config.out}: lies in {name} {path}; give another directory")
 
 
 def _has_bfloat16(device: torch.device) -> bool:
