@@ -16,8 +16,8 @@ import torch
 Run = Callable[[], Any]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-MIN_ROUNDS, MAX_ROUNDS = 3, 30
-SECONDS = 4.0  # of one comparison, where that leaves MIN_ROUNDS
+MIN_ROUNDS, MAX_ROUNDS = 2, 15
+SECONDS = 10.0  # of one comparison, where that leaves MIN_ROUNDS
 
 missing_peers: list[str] = []
 

@@ -15,7 +15,7 @@ from lark_fast.kernels.linear_cross_entropy import linear_cross_entropy
 if DEVICE.type == "cuda":  # Qwen2.5-7B and -0.5B
     SHAPES = [(8192, 3584, 152064, torch.bfloat16), (8192, 896, 151936, torch.bfloat16)]
 else:
-    SHAPES = [(512, 256, 8192, torch.float32), (256, 896, 50304, torch.float32)]
+    SHAPES = [(512, 256, 8192, torch.float32), (256, 256, 151936, torch.float32)]
 
 
 def gradients(loss, hidden, weight):

@@ -16,7 +16,8 @@ from lark_fast.training.data import load_training_set
 from lark_fast.training.objective import learning_rate
 from lark_fast.training.run import TrainConfig
 from lark_fast.training.step import Trainer
-from tests.tiny import TINY_MODELS, tiny_llama
+from tests.templates import CHATML
+from tests.tiny import TINY_MODELS, byte_level_tokenizer, tiny_llama
 from tests.training_runs import metrics, run, save_student, weighted_rows, write_data
 
 ALL_AT_ONCE = 5  # run()'s global batch
@@ -280,13 +281,22 @@ def test_an_update_is_adamw(tmp_path, clip):
     # its norms: neither decays.
     model, decay, beta = TINY_MODELS["phi"](), 0.1, (0.9, 0.95)
     ours, _ = trainer(
-        model, weighted_rows(8), tmp_path, global_batch=6, epochs=10, lr=1e-2, weight_decay=decay, clip=clip, betas=beta
+        model,
+        weighted_rows(8),
+        tmp_path,
+        global_batch=6,
+        epochs=10,
+        lr=1e-2,
+        warmup_ratio=0.1,
+        weight_decay=decay,
+        clip=clip,
+        betas=beta,
     )
     names = dict(model.named_parameters())
     expected = {name: p.detach().double() for name, p in names.items()}
     m, v = ({name: torch.zeros_like(p) for name, p in expected.items()} for _ in range(2))
     for step in range(2):
-        lr = learning_rate(step, 40, 1e-2, 0.05)
+        lr = learning_rate(step, 40, 1e-2, 0.1)
         norm = ours.measure(step).grad_norm
         clipped = torch.stack([p.grad.norm() for p in names.values()]).norm().item()
         assert norm > 0.5
@@ -302,8 +312,11 @@ def test_an_update_is_adamw(tmp_path, clip):
             torch.testing.assert_close(p.detach().double(), expected[name], rtol=1e-5, atol=1e-6)
 
 
-def test_bfloat16_is_autocast_over_float32_weights(tmp_path, data, student):
-    # bf16 keeps 8 bits: losses within 1 %, while a rate of 1e-6 would not move weights that were bf16 themselves.
+def test_bfloat16_is_autocast_over_float32_weights(tmp_path, data):
+    # bf16 keeps 8 bits: losses within 1 %, while a rate of 1e-6 would not move weights that were bf16 themselves, as
+    # these are before the first step.
+    vocabulary = len(byte_level_tokenizer(CHATML))
+    student = save_student(tmp_path / "student", tiny_llama(vocabulary).bfloat16())
     run(data, student, tmp_path / "a", lr=1e-6)
     run(data, student, tmp_path / "b", lr=1e-6, dtype="bfloat16")
     pairs = zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True)
@@ -311,7 +324,16 @@ def test_bfloat16_is_autocast_over_float32_weights(tmp_path, data, student):
     assert all(abs(a / b - 1) < 0.01 for a, b in losses)
     assert all(a != b for a, b in losses)
     before, after = (load_student(str(path), device="cpu").model for path in (student, tmp_path / "b"))
-    assert all(not torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True))
+    moved = [(p != q).float().mean() for p, q in zip(before.parameters(), after.parameters(), strict=True)]
+    assert torch.stack(moved).median() > 0.9  # not of all: few words of the vocabulary are there
+
+
+def test_dropout_draws_anew_in_every_step_and_alike_when_repeated(tmp_path):
+    model = tiny_llama(attention_dropout=0.5)
+    ours, _ = trainer(model, weighted_rows(1), tmp_path, global_batch=3)
+    first, second, again = (ours.measure(step).loss for step in (0, 1, 0))
+    assert first == again
+    assert abs(first / second - 1) > 1e-4
 
 
 @pytest.mark.parametrize("has_it", [False, True])

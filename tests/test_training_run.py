@@ -15,6 +15,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lark_fast.errors import UserError
+from lark_fast.rendering.renderer import RenderOptions
 from lark_fast.training import state
 from lark_fast.training.state import RunDirectory
 from lark_fast.training.step import Trainer
@@ -96,7 +97,8 @@ def start_and_stop(data, student, out, how, *, after, save_every):
 def test_kill_9_and_resume_bit_for_bit(tmp_path, data, student, uninterrupted):
     out = tmp_path / "out"
     assert start_and_stop(data, student, out, signal.SIGKILL, after=14, save_every=5) == -signal.SIGKILL
-    # Whatever else a killed process may leave: a state half written, a line half written.
+    # Whatever else a killed process may leave: an older state, a state half written, a line half written.
+    (out / "resume-000002").mkdir()
     (out / "resume-000040.tmp").mkdir()
     (out / "resume-000040.tmp" / "weights.safetensors").write_bytes(b"half")
     (out / "manifest.json.tmp").write_bytes(b"{")
@@ -149,7 +151,8 @@ def test_control_c_between_the_weights_and_their_log(tmp_path, data, student, un
 @pytest.mark.parametrize(
     ("method", "calls", "stops", "error", "seen"),
     [
-        ("evaluate", 2, 6, KeyboardInterrupt, KeyboardInterrupt),
+        ("evaluate", 2, 6, KeyboardInterrupt, KeyboardInterrupt),  # in the held-out loss after epoch 1
+        ("measure", 7, 6, KeyboardInterrupt, KeyboardInterrupt),  # just behind it
         ("measure", 10, 9, torch.OutOfMemoryError, UserError),
     ],
 )
@@ -268,6 +271,12 @@ def test_a_complete_run_says_so_and_is_left_alone(tmp_path, data, student):
         ({"betas": (0.9, 0.95)}, "betas was [0.9, 0.999], is [0.9, 0.95]"),
         ({"loss_norm": "token"}, "loss_norm was 'trajectory', is 'token'"),
         ({"dtype": "bfloat16"}, "dtype was 'float32', is 'bfloat16'"),
+        ({"epochs": 2}, "epochs was 1, is 2"),
+        ({"global_batch": 4}, "global_batch was 5, is 4"),
+        ({"warmup_ratio": 0.0}, "warmup_ratio was 0.05, is 0.0"),
+        ({"weight_decay": 0.1}, "weight_decay was 0.0, is 0.1"),
+        ({"clip": 0.0}, "clip was 1.0, is 0.0"),
+        ({"options": RenderOptions(span="content")}, "span was 'turn', is 'content'"),
     ],
 )
 def test_another_config_is_refused(tmp_path, data, student, change, said):
@@ -287,6 +296,8 @@ def test_other_data_or_another_student_is_refused(tmp_path, data, student):
     other = save_student(tmp_path / "other", tiny_llama(len(byte_level_tokenizer(CHATML)), seed=1))
     with pytest.raises(UserError, match="student was"):
         run(data, other, tmp_path / "out", epochs=1)
+    with pytest.raises(UserError, match="eval_data was None"):
+        run(data, student, tmp_path / "out", epochs=1, eval_data=str(data))
     # The same rows from another place are the same data.
     moved = write_data(tmp_path / "moved.jsonl", weighted_rows())
     assert run(moved, student, tmp_path / "out", epochs=1).already_complete
