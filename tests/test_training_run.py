@@ -385,6 +385,12 @@ def test_what_is_written(tmp_path, data, student):
     assert {path.name for path in out.iterdir()} == {*manifest["files"], "metrics.jsonl", "manifest.json"}
 
 
+def test_held_out_rows_count_whatever_their_weight(tmp_path, data, student):
+    light = write_data(tmp_path / "light.jsonl", [{**row, "weight": 0} for row in weighted_rows()])
+    losses = [run(data, student, tmp_path / path.stem, eval_data=str(path)).eval_losses for path in (data, light)]
+    assert losses[0] == losses[1]
+
+
 def test_without_matplotlib(tmp_path, data, student, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     run(data, student, tmp_path / "out", epochs=1)

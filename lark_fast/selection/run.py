@@ -54,6 +54,7 @@ class SelectionSummary:
     candidates: int  # scored trajectories
     rows: int  # written
     without_g_hat: int  # scored trajectories that were dropped for it
+    problems_kept_whole: int  # no more candidates than the budget
     problems_without_row: int
     first_problems_without_row: tuple[str, ...]
     pool_records: int
@@ -73,6 +74,11 @@ class SelectionSummary:
         ]
         if self.without_g_hat:
             said.append(f"{self.without_g_hat:,} scored trajectories have no g_hat and were dropped")
+        if self.problems_kept_whole:
+            said.append(
+                f"{self.problems_kept_whole:,} of {self.problems:,} problems have no more candidates than the budget: "
+                "all of theirs are kept, alike"
+            )
         if self.problems_without_row:
             names = ", ".join(map(repr, self.first_problems_without_row))
             more = ", ..." if self.problems_without_row > len(self.first_problems_without_row) else ""
@@ -246,6 +252,7 @@ def _summary(config: SelectConfig, rows: ScoredRows, weighed: Weighed, stream: _
         candidates=len(rows),
         rows=stream.written,
         without_g_hat=int(np.count_nonzero(~np.isfinite(rows.numbers["g_hat"]))),
+        problems_kept_whole=weighed.whole_problems,
         problems_without_row=len(empty),
         first_problems_without_row=tuple(rows.problem_name(int(problem)) for problem in empty[:SHOWN_PROBLEMS]),
         pool_records=stream.records,

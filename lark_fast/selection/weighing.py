@@ -18,6 +18,7 @@ class Weighed:
     weight: Floats  # [R]
     chosen: Bools  # [R] becomes a training row
     empty_problems: NDArray[np.int64]  # those in which no candidate has a g_hat
+    whole_problems: int  # those with no more candidates than the budget, which are all kept
     mean_effective_sample_size: float
     mean_chi2_divergence: float  # from the uniform prior over the candidates that have a g_hat
 
@@ -36,12 +37,13 @@ def weigh(rows: ScoredRows, policy: str, options: PolicyOptions, seed: int) -> W
     values = _values(rows, policy, options, seed)
     usable = ~np.isnan(values)
     weight, chosen = np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
-    empty, sizes, divergences = [], [], []
+    empty, sizes, divergences, whole = [], [], [], 0
     for block in rows.padded_blocks():
         present = (block >= 0) & usable[block]
         has_any = present.any(axis=1)
         empty.append(rows.problem[block[~has_any, 0]])
         block, present = block[has_any], present[has_any]
+        whole += 0 if options.tau is not None else int((present.sum(axis=1) <= options.size).sum())
         q, taken = POLICIES[policy].weigh(np.where(present, values[block], np.nan), options)
         weight[block[present]], chosen[block[present]] = q[present], taken[present]
         sizes.append(effective_sample_size(q))
@@ -52,6 +54,7 @@ def weigh(rows: ScoredRows, policy: str, options: PolicyOptions, seed: int) -> W
         weight=weight,
         chosen=chosen,
         empty_problems=empty_problems,
+        whole_problems=whole,
         mean_effective_sample_size=float(np.concatenate(sizes).mean()),
         mean_chi2_divergence=float(np.concatenate(divergences).mean()),
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,12 +71,15 @@ def load_training_set(path: str, renderer: Renderer, *, weighted: bool = True) -
     ids, scored, starts = array("i"), bytearray(), array("q", [0])
     weights, lines, sources = array("d"), array("q"), []
     dropped = truncated = 0
+    any_weight = False
     with track("reading", pool.total_bytes) as progress:
         for record in pool.read():
             try:
                 if isinstance(record, Rejected):
                     raise RejectError(record.reason)
-                weight = _weight(record) if weighted else 1.0
+                weight = _weight(record) if weighted else None
+                any_weight |= weight is not None
+                weight = 1.0 if weight is None else weight
                 if weight == 0:
                     dropped += 1
                     continue
@@ -90,6 +94,8 @@ def load_training_set(path: str, renderer: Renderer, *, weighted: bool = True) -
             sources.append(record.source)
             truncated += rendered.truncated
             progress.update(pool.bytes_read, f"{len(weights):,} trajectories")
+    if weighted and weights and not any_weight:
+        print(f"lark-fast: {path}: no row has a weight, so every trajectory counts alike", file=sys.stderr)
     if not weights:
         raise UserError(f"{path}: no trajectory to train on{f' ({dropped} rows have weight 0)' if dropped else ''}")
     flags, borders = np.frombuffer(scored, dtype=np.bool_), np.array(starts)
@@ -107,15 +113,15 @@ def load_training_set(path: str, renderer: Renderer, *, weighted: bool = True) -
     )
 
 
-def _weight(record: Record) -> float:
-    """The root ``weight``, else ``meta.train_weight``, else 1."""
+def _weight(record: Record) -> float | None:
+    """The root ``weight``, else ``meta.train_weight``, else None."""
     meta = record.extra.get("meta")
     if "weight" in record.extra:
         name, value = "weight", record.extra["weight"]
     elif isinstance(meta, dict) and "train_weight" in meta:
         name, value = "meta.train_weight", meta["train_weight"]
     else:
-        return 1.0
+        return None
     return _checked(name, value)
 
 
