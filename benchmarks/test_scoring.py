@@ -122,7 +122,7 @@ def test_extra_memory_of_a_long_record(benchmark):
 
 
 def in_fresh_process(way):
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         return pool.submit(extra_memory_mib, way).result()
 
 
