@@ -231,4 +231,4 @@ def test_manifest_says_what_made_the_numbers(tmp_path, student):
     assert manifest["brier"] == "brier_topk"
     assert manifest["counts"] == {"records": 6, "rejected": 0, "rows": 6, "problems": 2, "not_finite": 0}
     assert len(manifest["identity"]["student"]) == len(manifest["identity"]["template"]) == 64
-    assert set(manifest["versions"]) == {"lark_fast", "torch", "transformers", "python"}
+    assert set(manifest["versions"]) == {"lark_fast", "torch", "transformers", "numpy", "pyarrow", "python"}
