@@ -7,8 +7,33 @@ Low-precision inputs are multiplied with float32 accumulation AND output: bf16 l
 decimal at |z| = 30.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The output embedding and what a model does to its logits."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None = None  # [V]
+    softcap: float | None = None
+    logit_scale: float | None = None
+
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """``hidden`` [T, D] -> logits [T, V]: ``head_logits``."""
+        return head_logits(hidden, self.weight, self.bias, self.softcap, self.logit_scale, out)
+
+    def label_logits(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """``hidden`` [T, D] and labels [T] in [0, V) -> [T]: ``label_logits``."""
+        return label_logits(hidden, self.weight, labels, self.bias, self.softcap, self.logit_scale)
+
+    def columns(self, start: int, stop: int) -> "Head":
+        """The head of some words only; ``stop`` may lie behind the last one."""
+        bias = None if self.bias is None else self.bias[start:stop]
+        return Head(self.weight[start:stop], bias, self.softcap, self.logit_scale)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

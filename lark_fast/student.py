@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lark_fast.errors import UserError
-from lark_fast.kernels.head import head_logits
+from lark_fast.kernels.head import Head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,20 +19,6 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_TOKENS = 4
 MAY_HOLD_A_STUDENT = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The output embedding and what the model does to its logits; see ``lark_fast.kernels.head``."""
-
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    softcap: float | None
-    logit_scale: float | None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``hidden`` [T, D] -> float32 logits [T, V]."""
-        return head_logits(hidden, self.weight, self.bias, self.softcap, self.logit_scale)
 
 
 class Student:
