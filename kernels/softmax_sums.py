@@ -29,8 +29,8 @@ what follows; softmax_sums_triton.py has the same as kernels.
 """
 
 import functools
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -74,6 +74,19 @@ class TokenStats:
     agreement: Tensor  # bool: no token is more probable than the label
     brier_topk: Tensor | None = None  # as brier, with the softmax renormalised over the k largest logits
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "TokenStats":
+        """``function`` of every field that there is."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TokenStats(**{name: None if value is None else function(value) for name, value in values.items()})
+
+
+def concatenate(parts: Sequence[TokenStats]) -> TokenStats:
+    """Statistics of one run of tokens after the other, at least one; all hold the same fields."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(TokenStats)}
+    return TokenStats(**{name: None if column[0] is None else torch.cat(column) for name, column in columns.items()})
+
 
 def merge(whole: Tensor, part: Tensor) -> Tensor:
     """Sums ``[5, T]`` over two parts of the same rows -> the sums over both ``[5, T]``."""
@@ -91,7 +104,7 @@ def move(sums: Tensor, m: Tensor) -> Tensor:
 
 
 def finish(partials: Tensor, label_logit: Tensor, wanted: Wanted) -> TokenStats:
-    """Statistics of rows with the partial sums ``[splits, 5, T]``, at least one split, and the label's logit ``[T]``."""
+    """Statistics of rows with partial sums ``[splits, 5, T]``, at least one split, and the label's logit ``[T]``."""
     sums = functools.reduce(merge, partials)
     agreement = label_logit >= sums[0]
     m, s1, s2, sz, count = move(sums, torch.maximum(sums[0], label_logit))

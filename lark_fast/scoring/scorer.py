@@ -1,6 +1,7 @@
 """The scorer: records or token ids in, one set of statistics a trajectory out."""
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -268,9 +269,9 @@ def _named(record: Record, stats: TrajectoryStats) -> TrajectoryScore:
 
 def _split(stats: TokenStats, lengths: list[int]) -> list[TokenStats]:
     """Cut the statistics of a batch into those of its rows, on the CPU."""
-    fields = (stats.nll, stats.brier, stats.entropy, stats.rank, stats.brier_topk)
-    columns = [[None] * len(lengths) if field is None else field.cpu().split(lengths) for field in fields]
-    return [TokenStats(*row) for row in zip(*columns, strict=True)]
+    stats = stats.map(Tensor.cpu)
+    starts = itertools.accumulate(lengths, initial=0)
+    return [stats.map(lambda v, a=a, n=n: v[a : a + n]) for a, n in zip(starts, lengths, strict=False)]
 
 
 def _as_lists(values: Any) -> list:

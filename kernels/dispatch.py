@@ -1,0 +1,120 @@
+"""Which form of the head runs where, and how it is cut: the one table that a tuned device is entered in.
+
+``python -m benchmarks.record --tune`` times the candidates on the device at hand.
+"""
+
+import functools
+import warnings
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+FORMS = ("fused", "chunked", "torch")
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadConfig:
+    """How the fused head is cut into tiles."""
+
+    rows: int  # of a tile
+    words: int  # of a tile
+    inner: int  # of D, in one step of a tile's product
+    slices: int = 1  # in which the statistics take a tile's logits: two need fewer registers
+    flatten: bool = False  # whether the loads of the next tile start during the statistics of this one
+    num_warps: int
+    num_stages: int
+
+
+# In order of preference. "sm_90" is the H100 and H200, "sm_100" the B200, "sm_80" the A100 and what came after it with
+# less shared memory, "gfx942" the MI300X. Chosen by what the compiler says of registers; docs/log.md tells what has
+# been timed.
+HALF_CONFIGS = {
+    "sm_90": (
+        HeadConfig(rows=128, words=256, inner=64, slices=2, num_warps=8, num_stages=3),
+        HeadConfig(rows=128, words=128, inner=64, slices=1, num_warps=8, num_stages=4),
+        HeadConfig(rows=128, words=128, inner=64, slices=2, num_warps=8, num_stages=3),
+    ),
+    "sm_100": (HeadConfig(rows=128, words=128, inner=64, slices=1, num_warps=8, num_stages=4),),
+    "sm_80": (HeadConfig(rows=128, words=128, inner=32, slices=2, num_warps=8, num_stages=3),),
+    "gfx942": (HeadConfig(rows=128, words=128, inner=64, slices=1, num_warps=8, num_stages=2),),
+}
+# float32 products without tensor cores: small tiles, one for all.
+FLOAT_CONFIG = HeadConfig(rows=64, words=64, inner=16, num_warps=4, num_stages=2)
+# Where Triton's interpreter runs: every loop takes more than one turn on small problems.
+INTERPRETER_CONFIG = HeadConfig(rows=16, words=64, inner=16, slices=2, num_warps=1, num_stages=1)
+
+
+def architecture(device: torch.device) -> str:
+    """The key of ``HALF_CONFIGS`` for a device."""
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100")
+
+
+def head_config(arch: str, dtype: torch.dtype) -> HeadConfig:
+    """How the fused head is cut on an architecture for operands of this dtype."""
+    return FLOAT_CONFIG if dtype == torch.float32 else HALF_CONFIGS[arch][0]
+
+
+def head_form(impl: str, hidden: Tensor, weight: Tensor) -> str:
+    """Which of ``FORMS`` runs the head; ``impl`` as in ``token_stats``.
+
+    Half-precision operands go to the fused form. float32 ones, which it would multiply without tensor cores, go to the
+    library's product; float64 and mixed dtypes to torch.
+
+    Raises:
+        ValueError: an unknown ``impl``, or one that cannot run on this device or these dtypes.
+    """
+    same = hidden.dtype == weight.dtype and hidden.dtype in (*HALF, torch.float32)
+    if impl == "auto" and not (same and hidden.is_cuda and has_triton()):
+        return "torch"
+    if impl in ("auto", "triton"):
+        impl = "fused" if hidden.dtype in HALF else "chunked"
+    if impl not in FORMS:
+        raise ValueError(f"impl={impl!r}: one of 'auto', 'triton', {', '.join(map(repr, FORMS))}")
+    if impl != "torch":
+        require_triton(impl, hidden.device)
+        if not same:
+            raise ValueError(f"impl={impl!r} takes hidden and weight of one dtype, bfloat16, float16 or float32")
+    return impl
+
+
+def logits_form(impl: str, logits: Tensor) -> str:
+    """ "triton" or "torch" for an operation on ``logits`` that exist; errors as in ``head_form``."""
+    return kernel_form(impl, logits.device, logits.dtype in (*HALF, torch.float32))
+
+
+def kernel_form(impl: str, device: torch.device, fits: bool = True) -> str:
+    """ "triton" or "torch" for an operation with these two forms; ``fits``: whether the kernel takes its operands."""
+    if impl == "auto":
+        return "triton" if fits and device.type == "cuda" and has_triton() else "torch"
+    if impl not in ("triton", "torch"):
+        raise ValueError(f"impl={impl!r}: one of 'auto', 'triton', 'torch'")
+    if impl == "triton":
+        require_triton(impl, device)
+        if not fits:
+            raise ValueError("impl='triton' takes bfloat16, float16 or float32")
+    return impl
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed; said once where it is not."""
+    if find_spec("triton") is not None:
+        return True
+    warnings.warn("Triton is not installed: the GPU runs the slower torch form of the kernels", stacklevel=2)
+    return False
+
+
+def require_triton(impl: str, device: torch.device) -> None:
+    """Raises ValueError where Triton's kernels cannot run on tensors of this device."""
+    if find_spec("triton") is None:
+        raise ValueError(f"impl={impl!r} needs Triton, which is not installed; impl='auto' does without")
+    import triton
+
+    if device.type == "cpu" and not triton.knobs.runtime.interpret:
+        raise ValueError(f"impl={impl!r} needs a GPU (or TRITON_INTERPRET=1 for a trial); the tensors are on {device}")

@@ -1,0 +1,198 @@
+"""The fused head: hidden states in, statistics of every token out, and the logits never leave the chip.
+
+A program holds a block of rows and walks one split of the vocabulary in tiles. The tensor cores make a tile's logits in
+float32; at once they are folded into the rows' running sums, the label's own column left out (softmax_sums.py). A
+second kernel combines the splits.
+
+The label's logit is the diagonal of hidden x weight[labels]^T, made by the same instructions in the same order as the
+tiles', so that a word with the label's weights ties with it.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lark_fast.kernels.dispatch import INTERPRETER_CONFIG, HeadConfig, architecture, head_config
+from lark_fast.kernels.head import Head
+from lark_fast.kernels.head_triton import finish_logits, product
+from lark_fast.kernels.softmax_sums import Wanted
+from lark_fast.kernels.softmax_sums_triton import LOWEST, fold, store_sums
+
+LABEL_ROWS = 64
+MAX_SPLITS = 64
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@triton.jit
+def _label_logits(
+    hidden, weight, bias, rows, labels, out, n_rows, n_hidden, n_words, stride_hidden, stride_weight, logit_scale, softcap,
+    D: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr,
+    ROWS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr, RAISE: tl.constexpr,
+):  # fmt: skip
+    """Each row's logit for its own label [n_rows], NaN where the label is no word."""
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row, label, known = _rows_and_labels(rows, labels, place, n_rows, n_hidden, n_words, HAS_ROWS)
+    word = tl.where(known, label, 0)
+    square = product(
+        hidden, weight, row, word, D, stride_hidden, stride_weight, ROWS, ROWS, INNER, PRECISION, RAISE
+    )  # fmt: skip
+    index = tl.arange(0, ROWS)
+    x = tl.sum(tl.where(index[:, None] == index[None, :], square, 0.0), 1)
+    own_bias = tl.load(bias + word).to(tl.float32) if HAS_BIAS else x
+    x = finish_logits(x, own_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_CAP)
+    tl.store(out + place, tl.where(known, x, float("nan")), mask=place < n_rows)
+
+
+@triton.jit
+def _rows_and_labels(rows, labels, place, n_rows, n_hidden, n_words, HAS_ROWS: tl.constexpr):
+    """Row of hidden (in range), label and whether both are what they should be, of places [R], int64."""
+    inside = tl.minimum(place, n_rows - 1)
+    label = tl.load(labels + inside).to(tl.int64)
+    known = (label >= 0) & (label < n_words)
+    if HAS_ROWS:
+        row = tl.load(rows + inside).to(tl.int64)
+        known = known & (row >= 0) & (row < n_hidden)
+        row = tl.where(known, row, 0)
+    else:
+        row = inside.to(tl.int64)
+    return row, label, known
+
+
+@triton.jit
+def _partial_sums(
+    hidden, weight, bias, rows, labels, label_logit, partials,
+    n_rows, n_hidden, n_words, n_splits, split_words, group, stride_hidden, stride_weight, logit_scale, softcap,
+    D: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr,
+    BRIER: tl.constexpr, ENTROPY: tl.constexpr, RANK: tl.constexpr,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, INNER: tl.constexpr, SLICES: tl.constexpr, FLATTEN: tl.constexpr,
+    PRECISION: tl.constexpr, RAISE: tl.constexpr,
+):  # fmt: skip
+    """Sums of a block of rows over one split of the vocabulary -> partials [n_splits, 5, n_rows]."""
+    # Programs that run together hold the blocks of one group and the same few splits: hidden states and words that
+    # they read then stay in the L2 cache.
+    first = tl.program_id(0) // (group * n_splits) * group
+    members = tl.minimum(tl.cdiv(n_rows, ROWS) - first, group)
+    within = tl.program_id(0) % (group * n_splits)
+    split = within // members
+    place = (first + within % members) * ROWS + tl.arange(0, ROWS)
+    row, label, _ = _rows_and_labels(rows, labels, place, n_rows, n_hidden, n_words, HAS_ROWS)
+    label = label.to(tl.int32)
+    z_label = tl.load(label_logit + tl.minimum(place, n_rows - 1))
+    m = tl.full([ROWS], LOWEST, tl.float32)
+    s1 = tl.zeros([ROWS], tl.float32)
+    s2 = tl.zeros([ROWS], tl.float32)
+    sz = tl.zeros([ROWS], tl.float32)
+    count = tl.zeros([ROWS], tl.int32)
+    start = split * split_words
+    for tile in tl.range(start, tl.minimum(start + split_words, n_words), WORDS, flatten=FLATTEN):
+        word = tl.minimum(tile + tl.arange(0, WORDS), n_words - 1).to(tl.int64)
+        x = product(
+            hidden, weight, row, word, D, stride_hidden, stride_weight, ROWS, WORDS, INNER, PRECISION, RAISE
+        )  # fmt: skip
+        # One slice of the tile after the other: its temporaries then fit in the registers that the product leaves.
+        if SLICES == 2:
+            left, right = tl.split(tl.permute(tl.reshape(x, [ROWS, 2, WORDS // 2]), [0, 2, 1]))
+        for i in tl.static_range(SLICES):
+            part = x if SLICES == 1 else (left if i == 0 else right)
+            column = tile + i * (WORDS // SLICES) + tl.arange(0, WORDS // SLICES)
+            own_bias = tl.load(bias + tl.minimum(column, n_words - 1)).to(tl.float32)[None, :] if HAS_BIAS else 0.0
+            z = finish_logits(part, own_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_CAP)
+            m, s1, s2, sz, count = fold(
+                z, column, n_words, label, z_label, m, s1, s2, sz, count, BRIER, ENTROPY, RANK
+            )  # fmt: skip
+    own = partials + split.to(tl.int64) * 5 * n_rows
+    store_sums(own, place, n_rows, m, s1, s2, sz, count, BRIER, ENTROPY, RANK)
+
+
+def label_logits(hidden: Tensor, rows: Tensor | None, head: Head, labels: Tensor) -> Tensor:
+    """Logits of labels [T] for rows (all, where None) of hidden [N, D] -> ``[T]`` float32, NaN where a label is no word."""
+    out = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+    if len(labels):
+        config = _config(hidden)
+        _label_logits[(triton.cdiv(len(labels), LABEL_ROWS),)](
+            hidden, head.weight, head.bias, rows, labels, out, len(labels), *_sizes(hidden, head),
+            **_head_flags(hidden, rows, head), ROWS=LABEL_ROWS, INNER=config.inner, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def partial_sums(
+    hidden: Tensor, rows: Tensor | None, head: Head, labels: Tensor, label_logit: Tensor, wanted: Wanted,
+    config: HeadConfig | None = None,
+) -> Tensor:  # fmt: skip
+    """Sums over the words that are not the label -> ``[splits, 5, T]`` float32.
+
+    Args:
+        hidden: ``[N, D]``, last axis contiguous.
+        rows: ``[T]`` int64, which rows of ``hidden``; None: all of them.
+        head: weight ``[V, D]``, last axis contiguous, in the dtype of ``hidden``.
+        labels: ``[T]`` int64.
+        label_logit: ``[T]`` float32, what ranks are counted against.
+        wanted: the statistics to prepare for; the sums of others are left uninitialised.
+        config: how to cut the work; None takes the table's.
+    """
+    config = config or _config(hidden)
+    n_rows, (n_words, _) = len(labels), head.weight.shape
+    n_blocks, n_tiles = triton.cdiv(n_rows, config.rows), triton.cdiv(n_words, config.words)
+    split_tiles = triton.cdiv(n_tiles, _splits(n_blocks, n_tiles, _processors(hidden.device)))
+    n_splits = triton.cdiv(n_tiles, split_tiles)
+    partials = torch.empty(n_splits, 5, n_rows, dtype=torch.float32, device=hidden.device)
+    if n_rows:
+        n_hidden, n_words, *rest = _sizes(hidden, head)
+        _partial_sums[(n_blocks * n_splits,)](
+            hidden, head.weight, head.bias, rows, labels, label_logit, partials,
+            n_rows, n_hidden, n_words, n_splits, split_tiles * config.words, _group(hidden, config, n_blocks), *rest,
+            **_head_flags(hidden, rows, head), BRIER=wanted.brier, ENTROPY=wanted.entropy, RANK=wanted.rank,
+            ROWS=config.rows, WORDS=config.words, INNER=config.inner, SLICES=config.slices, FLATTEN=config.flatten,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return partials
+
+
+def _config(hidden: Tensor) -> HeadConfig:
+    return INTERPRETER_CONFIG if INTERPRETED else head_config(architecture(hidden.device), hidden.dtype)
+
+
+def _sizes(hidden: Tensor, head: Head) -> tuple[int | float, ...]:
+    strides = hidden.stride(0), head.weight.stride(0)
+    return len(hidden), len(head.weight), *strides, head.logit_scale or 1.0, head.softcap or 1.0
+
+
+def _head_flags(hidden: Tensor, rows: Tensor | None, head: Head) -> dict[str, bool | int | str]:
+    return {
+        "D": hidden.shape[1],
+        "HAS_ROWS": rows is not None,
+        "HAS_BIAS": head.bias is not None,
+        "HAS_SCALE": head.logit_scale is not None,
+        "HAS_CAP": head.softcap is not None,
+        "PRECISION": "ieee",
+        "RAISE": INTERPRETED and hidden.dtype == torch.bfloat16,
+    }
+
+
+def _splits(n_blocks: int, n_tiles: int, processors: int) -> int:
+    """Into how many splits the vocabulary is cut: what keeps every processor busy to the end with the fewest of them."""
+
+    def tiles_in_turn(splits: int) -> int:
+        return triton.cdiv(n_blocks * splits, processors) * triton.cdiv(n_tiles, splits)
+
+    return min(range(1, min(MAX_SPLITS, n_tiles) + 1), key=lambda splits: (tiles_in_turn(splits), splits))
+
+
+def _group(hidden: Tensor, config: HeadConfig, n_blocks: int) -> int:
+    """How many blocks of rows take a third of the L2 cache."""
+    block_bytes = config.rows * hidden.shape[1] * hidden.element_size()
+    return max(1, min(n_blocks, _l2_bytes(hidden.device) // 3 // block_bytes))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def _l2_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 1 << 14
