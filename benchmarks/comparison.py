@@ -4,10 +4,9 @@ The limit is the least work that the operation cannot do without: its matrix pro
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
-from statistics import median
 from types import ModuleType
 from typing import Any
 
@@ -16,8 +15,11 @@ import torch
 Run = Callable[[], Any]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-MIN_ROUNDS, MAX_ROUNDS = 2, 15
-SECONDS = 10.0  # of one comparison, where that leaves MIN_ROUNDS
+# A ratio is as good as the quietest moment that each of its two sides had: ours and the limit need many short rounds,
+# peers, which nobody judges, a few.
+MIN_ROUNDS, MAX_ROUNDS, SECONDS = 5, 40, 6.0
+MIN_PEER_ROUNDS, PEER_SECONDS = 2, 4.0
+MAX_LIMIT_CALLS = 20  # of a limit that is much shorter than ours, in a round: as much time for the one as for the other
 
 missing_peers: list[str] = []
 
@@ -36,8 +38,8 @@ def compare(
 ) -> None:
     """Check, time all in turn, and store ``ratio_to_limit`` (1 is the best there is) and ``speedup`` over each peer.
 
-    Every round holds one call of each, so whatever slows the machine down slows all of them; a ratio is the median of
-    the rounds' own ratios.
+    Every round holds ours and the limit, for about as long, and the first rounds one call of each peer; a ratio is the
+    shortest time of one over the shortest of the other, for other work on the machine only ever adds to a time.
 
     Args:
         benchmark: the fixture of pytest-benchmark.
@@ -50,28 +52,29 @@ def compare(
         shape: of the problem, for people.
         dtype: of the operands.
     """
-    started = time.perf_counter()
-    results = {run: call() for run, call in {"ours": ours, **peers}.items()}
+    check({run: call() for run, call in {"ours": ours, **peers}.items()})
     limit()
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(SECONDS / (time.perf_counter() - started))))
-    check(results)
-    del results
-
-    others = {"limit": limit, **peers}
-    seconds: dict[str, list[float]] = {run: [] for run in others}
+    own_seconds, one_limit = _seconds(ours), _seconds(limit)
+    limit_calls = _rounds(one_limit, own_seconds, 1, MAX_LIMIT_CALLS)
+    rounds = _rounds(own_seconds + limit_calls * one_limit, SECONDS, MIN_ROUNDS, MAX_ROUNDS)
+    peer_rounds = _rounds(sum(map(_seconds, peers.values())), PEER_SECONDS, MIN_PEER_ROUNDS, rounds)
+    limit_seconds: list[float] = []  # limit_calls a round
+    peer_seconds: dict[str, list[float]] = {peer: [] for peer in peers}
 
     def time_others() -> None:
-        for run, samples in seconds.items():
-            samples.append(_seconds(others[run]))
+        if len(limit_seconds) < peer_rounds * limit_calls:
+            for peer, samples in peer_seconds.items():
+                samples.append(_seconds(peers[peer]))
+        limit_seconds.extend(_seconds(limit) for _ in range(limit_calls))
 
     benchmark.pedantic(_synchronised(ours), setup=time_others, rounds=rounds)
     benchmark.extra_info.update(name=name, shape=shape, dtype=dtype, device=DEVICE.type)
     if benchmark.stats is None:  # --benchmark-disable: nothing was timed
         return
-    own = benchmark.stats.stats.data
+    best = benchmark.stats.stats.min
     benchmark.extra_info.update(
-        ratio_to_limit=_ratio(own, seconds.pop("limit")) / limit_scale,
-        speedup={peer: _ratio(samples, own) for peer, samples in seconds.items()},
+        ratio_to_limit=best / min(limit_seconds) / limit_scale,
+        speedup={peer: min(samples) / best for peer, samples in peer_seconds.items()},
     )
 
 
@@ -91,6 +94,10 @@ def ceiling(dtype: torch.dtype) -> tuple[Run, float]:
     return lambda: a @ b, 2.0 * n**3
 
 
+def _rounds(seconds: float, budget: float, least: int, most: int) -> int:
+    return max(least, min(most, int(budget / max(seconds, 1e-9))))
+
+
 def _seconds(run: Run) -> float:
     started = time.perf_counter()
     _synchronised(run)()
@@ -106,7 +113,3 @@ def _synchronised(run: Run) -> Run:
             torch.cuda.synchronize()
 
     return whole
-
-
-def _ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    return median(a / b for a, b in zip(numerators, denominators, strict=True))
