@@ -1,22 +1,111 @@
 """The examples, as they stand."""
 
+import json
 import runpy
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.eager import eager_scores
+from tests.templates import chatml
 from tests.tiny import TINY_MODELS
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
+def example(name):
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_score_one_gives_the_reference_numbers(name):
-    score_one = runpy.run_path(str(EXAMPLES / "score_one.py"))["score_one"]
+    score_one = example("score_one")["score_one"]
     model = TINY_MODELS[name](400)
     ids = torch.randint(0, 400, (57,), generator=torch.Generator().manual_seed(3)).tolist()
     got = score_one(model, ids, 11, len(ids), 50, "cpu")
     assert got == pytest.approx(eager_scores(model, ids, 11, 50), rel=1e-5)
     assert score_one(model, ids, 57, 57, 50, "cpu") is None
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+QUESTION = turn("user", "How many apples does she have?")
+SAMPLES = [
+    {"id": "one", "messages": [QUESTION, turn("assistant", "She has 9 apples, so the answer is 9.")]},
+    {"_id": 7, "messages": [QUESTION, turn("assistant", "9"), QUESTION, turn("assistant", "Two and two is four.")]},
+    {"text": "not a conversation"},
+    {"messages": [QUESTION]},
+    {"messages": [turn("assistant", "the answer is 42. " * 12)]},
+    {"messages": [QUESTION, turn("assistant", "")]},
+]
+
+
+@torch.no_grad()
+def eager_rsr(model, input_ids, positions, clip):
+    """(nlls, probabilities, clipped ranks) of the tokens at ``positions``, as the released RSR code takes them."""
+    nlls, probabilities, ranks = [], [], []
+    logits = model(input_ids=torch.tensor([input_ids])).logits[0].float()
+    for position in positions:
+        row = logits[position - 1]
+        own = row[input_ids[position]]
+        nlls.append((torch.logsumexp(row, 0) - own).item())
+        probabilities.append(torch.softmax(row, 0)[input_ids[position]].item())
+        ranks.append(min(1 + int((row > own).sum()), clip))
+    return nlls, probabilities, ranks
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("limit", [None, 40])
+def test_rsr_inference_gives_the_reference_numbers(name, limit, suffix, tmp_path):
+    model, tokenizer, pool = TINY_MODELS[name](400), chatml(), tmp_path / f"pool{suffix}"
+    pool.write_text(json.dumps(SAMPLES) if suffix == ".json" else "".join(json.dumps(s) + "\n\n" for s in SAMPLES))
+    results = example("rsr_inference")["infer_dataset"](model, tokenizer, pool, 8, max_model_len=limit, rank_clip_r=50)
+    assert [result["sample_id"] for result in results][:3] == ["one", 7, 4]
+    for result in results:
+        messages = next(s for i, s in enumerate(SAMPLES) if s.get("id", s.get("_id", i)) == result["sample_id"])
+        ids = tokenizer.apply_chat_template(messages["messages"], return_dict=False)[:limit]
+        said = tokenizer.decode([ids[place] for place in result["resp_token_positions"]])
+        answers = "".join(m["content"] for m in messages["messages"] if m["role"] == "assistant")
+        assert said == answers if limit is None else answers.startswith(said)
+        nlls, probabilities, ranks = eager_rsr(model, ids, result["resp_token_positions"], 50)
+        assert result["nlls"] == pytest.approx(nlls, rel=1e-5, abs=1e-6)
+        assert result["probs"] == pytest.approx(probabilities, rel=1e-4)
+        assert result["ranks"] == ranks
+        assert max(ranks) <= 50
+        assert result["metadata"] == {}
+
+
+def test_rsr_inference_of_nothing_to_score(tmp_path):
+    infer_dataset, pool = example("rsr_inference")["infer_dataset"], tmp_path / "pool.json"
+    pool.write_text('[{"text": "no messages"}]')
+    assert infer_dataset(TINY_MODELS["llama"](400), chatml(), pool, 8) == []
+    with pytest.raises(ValueError, match="multimodal_messages"):
+        infer_dataset(None, None, pool, 8, input_format="multimodal_messages")
+
+
+def test_evaluate_gives_transformers_loss_and_accuracy():
+    module, model = example("evaluate"), TINY_MODELS["phi"](400)  # a head with a bias
+    ids = torch.randint(0, 400, (3, 29), generator=torch.Generator().manual_seed(5))
+    lengths = torch.tensor([29, 11, 20]).unsqueeze(1)
+    place = torch.arange(29).unsqueeze(0)
+    labels = ids.masked_fill((place < 4) | (place >= lengths), -100)
+    batch = {"input_ids": ids, "attention_mask": (place < lengths).long()}
+    with torch.no_grad():
+        logits = model(**batch).logits
+        losses = [
+            model(**{k: v[row : row + 1] for k, v in (batch | {"labels": labels}).items()}).loss for row in range(3)
+        ]
+    predicted = logits[:, :-1].argmax(2) == labels[:, 1:]
+    counted = labels[:, 1:] != -100
+    p = logits[:, :-1].double().softmax(2)
+    brier = (p - F.one_hot(labels[:, 1:].clamp(min=0), 400)).square().sum(2)
+    for result in (module["evaluate"](model, **batch, labels=labels), module["evaluate_logits"](logits, labels)):
+        assert result.n_tokens.tolist() == counted.sum(1).tolist() == [25, 7, 16]
+        torch.testing.assert_close(result.means.nll, torch.stack(losses).double(), rtol=1e-5, atol=0)
+        assert result.sums.agreement.tolist() == (predicted & counted).sum(1).tolist()
+        torch.testing.assert_close(result.means.brier, (brier * counted).sum(1) / counted.sum(1), rtol=1e-5, atol=0)
