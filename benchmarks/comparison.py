@@ -5,6 +5,7 @@ The limit is the least work that the operation cannot do without: its matrix pro
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -22,6 +23,36 @@ MIN_PEER_ROUNDS, PEER_SECONDS = 2, 4.0
 MAX_LIMIT_CALLS = 20  # of a limit that is much shorter than ours, in a round: as much time for the one as for the other
 
 missing_peers: list[str] = []
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """One operation on one set of operands, and all that a benchmark of it needs."""
+
+    name: str  # of the operation
+    shape: str
+    dtype: torch.dtype  # of the operands
+    ours: Callable[[str], Any]  # the operation, by implementation or "auto"
+    implementations: tuple[str, ...]  # those that can be timed on this device
+    limit: Run  # what bounds it
+    limit_scale: float = 1.0  # the work of the operation over the work of ``limit``
+    peers: Mapping[str, Run] = field(default_factory=dict)  # other ways, and in brackets what they give
+    check: Callable[[Any], None]  # fails if what came of ``ours`` is wrong
+
+
+def compare_workload(benchmark: Any, workload: Workload) -> None:
+    """``compare`` what "auto" picks."""
+    compare(
+        benchmark,
+        workload.name,
+        lambda: workload.ours("auto"),
+        limit=workload.limit,
+        limit_scale=workload.limit_scale,
+        peers=workload.peers,
+        check=lambda results: workload.check(results["ours"]),
+        shape=workload.shape,
+        dtype=str(workload.dtype).removeprefix("torch."),
+    )
 
 
 def compare(
@@ -78,13 +109,21 @@ def compare(
     )
 
 
-def optional_peer(module: str) -> ModuleType | None:
+def optional_peer(module: str, needs_cuda: bool = False) -> ModuleType | None:
     """A package that not everybody has; the end of the run names those that were missing."""
+    if needs_cuda and DEVICE.type != "cuda":
+        note_missing(f"{module.partition('.')[0]} (needs CUDA)")
+        return None
     if find_spec(module.partition(".")[0]) is None:
-        if module not in missing_peers:
-            missing_peers.append(module)
+        note_missing(f"{module.partition('.')[0]} (not installed)")
         return None
     return import_module(module)
+
+
+def note_missing(peer: str) -> None:
+    """Have the end of the run name a peer that could not be taken."""
+    if peer not in missing_peers:
+        missing_peers.append(peer)
 
 
 def ceiling(dtype: torch.dtype) -> tuple[Run, float]:

@@ -61,7 +61,7 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(line.rstrip())
     terminalreporter.write_line(f"{baselines.device_name()}; {baselines.versions()}")
     if missing_peers:
-        terminalreporter.write_line(f"not installed, so not among the peers: {', '.join(missing_peers)}")
+        terminalreporter.write_line(f"not among the peers: {', '.join(missing_peers)}")
     ratios = {_key(info): info["ratio_to_limit"] for info in _infos(timed) if "ratio_to_limit" in info}
     if config.option.save_baselines:
         terminalreporter.write_line(f"baselines written: {baselines.save(config.option.baselines, ratios)}")

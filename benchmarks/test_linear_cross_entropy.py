@@ -43,12 +43,11 @@ def test_linear_cross_entropy(benchmark, T, D, V, dtype):
     losses = {"eager": eager}
     if hasattr(F, "linear_cross_entropy"):
         losses["torch's linear_cross_entropy"] = F.linear_cross_entropy
-    if DEVICE.type == "cuda":
-        if liger := optional_peer("liger_kernel.transformers.fused_linear_cross_entropy"):
-            fused = liger.LigerFusedLinearCrossEntropyLoss()
-            losses["Liger"] = lambda h, w, y: fused(w, h, y)
-        if cce := optional_peer("cut_cross_entropy"):
-            losses["cut-cross-entropy"] = cce.linear_cross_entropy
+    if liger := optional_peer("liger_kernel.transformers.fused_linear_cross_entropy", needs_cuda=True):
+        fused = liger.LigerFusedLinearCrossEntropyLoss()
+        losses["Liger"] = lambda h, w, y: fused(w, h, y)
+    if cce := optional_peer("cut_cross_entropy", needs_cuda=True):
+        losses["cut-cross-entropy"] = cce.linear_cross_entropy
 
     @torch.no_grad()
     def three_products():
