@@ -2,8 +2,8 @@
 
 Let t be the k-th largest logit of the words v != y (-inf where there are fewer). The label's rank is at most k exactly
 where z_y >= t, and then the k largest logits are the label and the k - 1 largest others, else k others. Either way the
-others are those above t, fewer than k, and copies of t. With m the largest logit, S1' and S2' the sums over these others
-of e^(z-m) and of its square, and a = e^(z_y-m):
+others are those above t, fewer than k, and copies of t. With m the largest logit, S1' and S2' the sums over those
+others of e^(z-m) and of its square, and a = e^(z_y-m):
 
     brier_topk = (S1'^2 + S2') / (S1' + a)^2   where z_y >= t,   else   1 + S2' / S1'^2
 
@@ -35,7 +35,7 @@ from lark_fast.kernels.softmax_sums_triton import LOG2_E
 
 KEY_OF_MINUS_INF = tl.constexpr(-2139095041)
 TILE = 4096  # logits a program of step 1 reads: 32 a thread, in loads of 16 bytes
-HELD = 16384  # numbers that a program of steps 2 and 3 can hold
+MAXIMA_HELD, LOGITS_HELD = 8192, 16384  # what a program of step 2 and of step 3 can hold in its registers
 NUMBERS_PER_WARP = 1024
 SCRATCH = 1 << 22  # maxima of one launch: 16 MiB, which the L2 cache keeps
 
@@ -52,32 +52,8 @@ def _key(z):
 
 
 @triton.jit
-def _other_logits(
-    logits, bias, column, n_columns, label, logit_scale, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr,
-):  # fmt: skip
-    """One row's logits at ``column``: -inf at the label and beyond the row's end, +inf in place of NaN."""
-    # The label is not part of the mask: a mask of single columns would keep the loads from being wide.
-    here = column < n_columns
-    z = tl.load(logits + column, mask=here, other=0.0).to(tl.float32)
-    own_bias = 0.0
-    if HAS_BIAS:
-        own_bias = tl.load(bias + column, mask=here, other=0.0).to(tl.float32)
-    z = finish_logits(z, own_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_CAP)
-    z = tl.where(z == z, z, float("inf"))
-    return tl.where(here & (column != label), z, float("-inf"))
-
-
-@triton.jit
-def _halve(lowest, highest, n_lowest, middle, n_middle, k):
-    """A step of bisection: ``n`` numbers are at or above a place; at least k are at ``lowest``, unless it is the first.
-
-    Returns:
-        The next lowest, highest, n_lowest.
-    """
-    enough = n_middle >= k
-    lowest = tl.where(enough, middle, lowest)
-    return lowest, tl.where(enough, highest, middle - 1), tl.where(enough, n_middle, n_lowest)
+def _value(key):
+    return _fold(key).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -87,21 +63,53 @@ def _middle(lowest, highest):
 
 
 @triton.jit
+def _halve(lowest, highest, n_lowest, n_middle, k):
+    """A step of bisection, after which ``lowest`` is as it was or has ``n_lowest`` >= k numbers at or above it."""
+    middle = _middle(lowest, highest)
+    enough = n_middle >= k
+    highest = tl.where(enough, highest, middle - 1)
+    return tl.where(enough, middle, lowest), highest, tl.where(enough, n_middle, n_lowest)
+
+
+@triton.jit
 def _kth_largest(keys, k, lowest, highest):
     """The k-th largest of ``keys``, none of them above ``highest``, or ``lowest`` where fewer than k are above it."""
     n_lowest = 0
     while (lowest < highest) & (n_lowest != k):
-        middle = _middle(lowest, highest)
-        n_middle = tl.sum((keys >= middle).to(tl.int32))
-        lowest, highest, n_lowest = _halve(lowest, highest, n_lowest, middle, n_middle, k)
+        n_middle = tl.sum((keys >= _middle(lowest, highest)).to(tl.int32))
+        lowest, highest, n_lowest = _halve(lowest, highest, n_lowest, n_middle, k)
     smallest = tl.min(tl.where(keys >= lowest, keys, 0x7FFFFFFF))
     return tl.where(n_lowest == k, smallest, lowest)
 
 
 @triton.jit
+def _load_logits(logits, bias, logit_scale, softcap, column, here):
+    """One row's finished logits at ``column``, where they are ``here``."""
+    z = tl.load(logits + column, mask=here, other=0.0).to(tl.float32)
+    own_bias = 0.0
+    if bias is not None:
+        own_bias = tl.load(bias + column, mask=here, other=0.0).to(tl.float32)
+    return finish_logits(
+        z, own_bias, logit_scale, softcap, bias is not None, logit_scale is not None, softcap is not None
+    )
+
+
+@triton.jit
+def _load_others(row, column, n_columns, label):
+    """A ``row``'s logits at ``column``: -inf at the label and beyond the row's end, +inf in place of NaN.
+
+    ``row``: the first arguments of ``_load_logits``.
+    """
+    # The label is not part of the mask: a mask of single columns would keep the loads from being wide.
+    here = column < n_columns
+    z = _load_logits(*row, column, here)
+    z = tl.where(z == z, z, float("inf"))
+    return tl.where(here & (column != label), z, float("-inf"))
+
+
+@triton.jit
 def _take_maxima(
-    logits, labels, bias, maxima, stride, n_columns, n_groups, logit_scale, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr,
+    logits, labels, bias, logit_scale, softcap, maxima, stride, n_columns, n_groups,
     GROUP: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Logits [T, C] -> maxima [T, n_groups] of ``GROUP`` columns each, the label's left out; ``GROUPS`` a program.
@@ -109,16 +117,15 @@ def _take_maxima(
     +inf where a logit is NaN. Rows without a label are not read.
     """
     n_tiles = tl.cdiv(n_groups, GROUPS)
-    row = tl.program_id(0) // n_tiles
+    place = tl.program_id(0) // n_tiles
     group = (tl.program_id(0) % n_tiles) * GROUPS + tl.arange(0, GROUPS)
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    label = tl.load(labels + row)
+    label = tl.load(labels + place)
     to_read = tl.where((label >= 0) & (label < n_columns), n_columns, 0)
-    z = _other_logits(
-        logits + row.to(tl.int64) * stride, bias, column, to_read, label, logit_scale, softcap,
-        HAS_BIAS, HAS_SCALE, HAS_CAP,
-    )  # fmt: skip
-    tl.store(maxima + row.to(tl.int64) * n_groups + group, tl.max(z, 1), mask=group < n_groups)
+    place = place.to(tl.int64)
+    row = (logits + place * stride, bias, logit_scale, softcap)
+    z = _load_others(row, column, to_read, label)
+    tl.store(maxima + place * n_groups + group, tl.max(z, 1), mask=group < n_groups)
 
 
 @triton.jit(do_not_specialize=["k"])
@@ -129,125 +136,64 @@ def _choose_groups(maxima, bound, chosen, n_groups, k, GROUPS: tl.constexpr, SLO
     """
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
-    highest = tl.load(maxima + row * n_groups + group, mask=group < n_groups, other=float("-inf"))
-    keys = _key(highest)
+    keys = _key(tl.load(maxima + row * n_groups + group, mask=group < n_groups, other=float("-inf")))
     top = tl.max(keys)
-    kth = _kth_largest(keys, k, KEY_OF_MINUS_INF, top)
+    kth = _kth_largest(keys, k, tl.cast(KEY_OF_MINUS_INF, tl.int32), top)
     above = (keys > kth).to(tl.int32)
     tl.store(chosen + row * SLOTS + tl.cumsum(above, 0) - 1, group, mask=above != 0)
     slot = tl.arange(0, SLOTS)
     tl.store(chosen + row * SLOTS + slot, n_groups, mask=slot >= tl.sum(above))
-    kth = _fold(kth).to(tl.float32, bitcast=True)
-    tl.store(bound + row, tl.where(tl.max(highest) < float("inf"), kth, float("nan")))
+    tl.store(bound + row, tl.where(_value(top) < float("inf"), _value(kth), float("nan")))
 
 
 @triton.jit
-def _chosen_logits(
-    logits, bias, chosen, start, n_columns, label, logit_scale, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """One row's logits [STEP, GROUP] of the groups in ``chosen[start : start + STEP]``."""
-    group = tl.load(chosen + start + tl.arange(0, STEP))[:, None]
-    column = group * GROUP + tl.arange(0, GROUP)[None, :]
-    return _other_logits(logits, bias, column, n_columns, label, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_CAP)
+def _load_chosen(row, chosen, n_columns, label, GROUP: tl.constexpr, STEP: tl.constexpr):
+    """``_load_others`` [STEP, GROUP] of the STEP groups in ``chosen``."""
+    group = tl.load(chosen + tl.arange(0, STEP))
+    return _load_others(row, group[:, None] * GROUP + tl.arange(0, GROUP)[None, :], n_columns, label)
 
 
 @triton.jit(do_not_specialize=["k"])
 def _score(
-    logits, labels, bias, bound, chosen, score, stride, n_columns, k, logit_scale, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr,
+    logits, labels, bias, logit_scale, softcap, bound, chosen, score, stride, n_columns, k,
     GROUP: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Logits [T, C], bound [T] and chosen [T, SLOTS] -> brier_topk [T]; a program holds the logits of STEP groups."""
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * stride
-    chosen += row * SLOTS
-    label = tl.load(labels + row)
+    place = tl.program_id(0).to(tl.int64)
+    row = (logits + place * stride, bias, logit_scale, softcap)
+    chosen += place * SLOTS
+    label = tl.load(labels + place)
     known = (label >= 0) & (label < n_columns)
-    z_label = tl.load(logits + label, mask=known, other=0.0).to(tl.float32)
-    own_bias = 0.0
-    if HAS_BIAS:
-        own_bias = tl.load(bias + label, mask=known, other=0.0).to(tl.float32)
-    z_label = finish_logits(z_label, own_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_CAP)
-    least = tl.load(bound + row)
+    z_label = _load_logits(*row, label, known)
+    least = tl.load(bound + place)
+    finite = known & (least == least) & (tl.abs(z_label) < float("inf"))
+
     kth = _key(least)
+    top = kth
     if SLOTS == STEP:
-        keys = _key(
-            _chosen_logits(
-                logits,
-                bias,
-                chosen,
-                0,
-                n_columns,
-                label,
-                logit_scale,
-                softcap,
-                HAS_BIAS,
-                HAS_SCALE,
-                HAS_CAP,
-                GROUP,
-                STEP,
-            )  # fmt: skip
-        )
+        keys = _key(_load_chosen(row, chosen, n_columns, label, GROUP, STEP))
         top = tl.maximum(kth, tl.max(keys))
         kth = _kth_largest(keys, k, kth, top)
-    else:  # too many to hold: read them again in every step
-        top = kth
+    else:  # too many to hold: every step of the bisection reads them again
         for start in range(0, SLOTS, STEP):
-            keys = _key(
-                _chosen_logits(
-                    logits,
-                    bias,
-                    chosen,
-                    start,
-                    n_columns,
-                    label,
-                    logit_scale,
-                    softcap,
-                    HAS_BIAS,
-                    HAS_SCALE,
-                    HAS_CAP,
-                    GROUP,
-                    STEP,
-                )  # fmt: skip
-            )
-            top = tl.maximum(top, tl.max(keys))
+            top = tl.maximum(top, tl.max(_key(_load_chosen(row, chosen + start, n_columns, label, GROUP, STEP))))
         highest = top
         n_kth = 0
         while kth < highest:
             middle = _middle(kth, highest)
             n_middle = 0
             for start in range(0, SLOTS, STEP):
-                keys = _key(
-                    _chosen_logits(
-                        logits,
-                        bias,
-                        chosen,
-                        start,
-                        n_columns,
-                        label,
-                        logit_scale,
-                        softcap,
-                        HAS_BIAS,
-                        HAS_SCALE,
-                        HAS_CAP,
-                        GROUP,
-                        STEP,
-                    )  # fmt: skip
-                )
+                keys = _key(_load_chosen(row, chosen + start, n_columns, label, GROUP, STEP))
                 n_middle += tl.sum((keys >= middle).to(tl.int32))
-            kth, highest, n_kth = _halve(kth, highest, n_kth, middle, n_middle, k)
-    t = _fold(kth).to(tl.float32, bitcast=True)
-    finite = known & (least == least) & (tl.abs(z_label) < float("inf"))
-    m = tl.where(finite, tl.maximum(_fold(top).to(tl.float32, bitcast=True), z_label), 0.0)
+            kth, highest, n_kth = _halve(kth, highest, n_kth, n_middle, k)
+
+    t = _value(kth)
+    m = tl.where(finite, tl.maximum(_value(top), z_label), 0.0)
     s1 = 0.0
     s2 = 0.0
     n_above = 0
     for start in range(0, SLOTS, STEP):
-        z = _chosen_logits(
-            logits, bias, chosen, start, n_columns, label, logit_scale, softcap,
-            HAS_BIAS, HAS_SCALE, HAS_CAP, GROUP, STEP,
-        )  # fmt: skip
+        z = _load_chosen(row, chosen + start, n_columns, label, GROUP, STEP)
         above = _key(z) > kth
         e = tl.where(above, tl.exp2((z - m) * LOG2_E), 0.0)
         s1 += tl.sum(e)
@@ -260,7 +206,7 @@ def _score(
     s2 += copies * e * e
     total = s1 + tl.exp2((z_label - m) * LOG2_E)
     brier = tl.where(inside, (s1 * s1 + s2) / (total * total), 1.0 + s2 / (s1 * s1))
-    tl.store(score + row, tl.where(finite, brier, float("nan")))
+    tl.store(score + place, tl.where(finite, brier, float("nan")))
 
 
 class Plan(NamedTuple):
@@ -276,11 +222,11 @@ class Plan(NamedTuple):
     def of(cls, n_columns: int, k: int) -> "Plan":
         """Groups such that steps 2 and 3 look at about as many numbers, maxima and logits."""
         group = max(8, triton.next_power_of_2(round((n_columns / k) ** 0.5)))
-        while triton.cdiv(n_columns, group) > HELD:
+        while triton.cdiv(n_columns, group) > MAXIMA_HELD:
             group *= 2
         n_groups = triton.cdiv(n_columns, group)
         slots = triton.next_power_of_2(max(1, min(k - 1, n_groups)))
-        return cls(group, n_groups, slots, max(1, min(slots, HELD // group)))
+        return cls(group, n_groups, slots, max(1, min(slots, LOGITS_HELD // group)))
 
 
 def brier_topk(
@@ -324,13 +270,14 @@ def launch(
     assert logits.stride(1) == 1 or logits.shape[1] == 1
     score = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     labels = labels.contiguous()
-    scale, cap = (0.0 if x is None else float(x) for x in (logit_scale, softcap))
-    flags = {"HAS_BIAS": bias is not None, "HAS_SCALE": logit_scale is not None, "HAS_CAP": softcap is not None}
+    # Whole numbers must not become integers of the kernel, which would be another kernel.
+    finish = (bias, *(None if x is None else float(x) for x in (logit_scale, softcap)))
     n_columns, stride = logits.shape[1], logits.stride(0)
     group, n_groups, slots, step, tile = plan
     padded = triton.next_power_of_2(n_groups)
     tile_groups = min(padded, max(1, tile // group))
-    n_rows = max(1, min(len(logits), scratch // n_groups))
+    # A multiple of 16, so that every part begins at an address as round as the first one's: one kernel for all.
+    n_rows = min(max(1, len(logits)), max(16, scratch // n_groups // 16 * 16))
     maxima = torch.empty(n_rows, n_groups, dtype=torch.float32, device=logits.device)
     bound = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
     chosen = torch.empty(n_rows, slots, dtype=torch.int32, device=logits.device)
@@ -338,14 +285,14 @@ def launch(
         rows = slice(start, start + n_rows)
         x, y, out = logits[rows], labels[rows], score[rows]
         _take_maxima[(len(x) * triton.cdiv(n_groups, tile_groups),)](
-            x, y, bias, maxima, stride, n_columns, n_groups, scale, cap, **flags,
+            x, y, *finish, maxima, stride, n_columns, n_groups,
             GROUP=group, GROUPS=tile_groups, num_warps=_warps(tile_groups * group),
         )  # fmt: skip
         _choose_groups[(len(x),)](
             maxima, bound, chosen, n_groups, k, GROUPS=padded, SLOTS=slots, num_warps=_warps(padded)
         )
         _score[(len(x),)](
-            x, y, bias, bound, chosen, out, stride, n_columns, k, scale, cap, **flags,
+            x, y, *finish, bound, chosen, out, stride, n_columns, k,
             GROUP=group, SLOTS=slots, STEP=step, num_warps=_warps(step * group),
         )  # fmt: skip
     return score
