@@ -3,9 +3,9 @@
 Let t be the k-th largest logit of the words v != y (-inf where there are fewer). The label's rank is at most k exactly
 where z_y >= t, and then the k largest logits are the label and the k - 1 largest others, else k others. Either way the
 others are those above t, fewer than k, and copies of t. With m the largest logit, S1' and S2' the sums over those
-others of e^(z-m) and of its square, and a = e^(z_y-m):
+others of e^(z-m) and of its square, and a = e^(z_y-m), or 0 where the label is not among the k:
 
-    brier_topk = (S1'^2 + S2') / (S1' + a)^2   where z_y >= t,   else   1 + S2' / S1'^2
+    brier_topk = (S1'^2 + S2') / (S1' + a)^2
 
 (softmax_sums.py says why this form.) To find t, the columns are cut into groups of neighbours, and
 
@@ -204,9 +204,8 @@ def _score(
     e = tl.exp2((t - m) * LOG2_E)
     s1 += copies * e
     s2 += copies * e * e
-    total = s1 + tl.exp2((z_label - m) * LOG2_E)
-    brier = tl.where(inside, (s1 * s1 + s2) / (total * total), 1.0 + s2 / (s1 * s1))
-    tl.store(score + place, tl.where(finite, brier, float("nan")))
+    total = s1 + tl.where(inside, tl.exp2((z_label - m) * LOG2_E), 0.0)
+    tl.store(score + place, tl.where(finite, (s1 * s1 + s2) / (total * total), float("nan")))
 
 
 class Plan(NamedTuple):
