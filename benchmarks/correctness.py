@@ -1,0 +1,175 @@
+"""Every implementation on fresh operands against float64, with outputs poisoned, before anything is timed."""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks import head, trajectories
+from benchmarks.accuracy import judge
+from benchmarks.comparison import DEVICE
+from lark_fast.kernels.dispatch import has_triton
+from lark_fast.kernels.softmax_sums import STATISTICS, TokenStats
+from lark_fast.kernels.token_stats import (
+    IGNORE_INDEX,
+    token_stats,
+    token_stats_from_logits,
+    token_stats_from_logits_naive,
+    token_stats_naive,
+)
+from lark_fast.kernels.trajectory_reduce import trajectory_reduce
+
+HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
+# No size divides a tile; the large ones are those that are timed. "broken": rows with NaN and inf, ignored labels;
+# "transformed": rows=, a bias, a softcap and a scale.
+SMALL_SHAPES = [
+    ((33, 48, 257), (FLOAT, BF16, HALF), ("peaky", "flat", "broken", "transformed")),
+    ((252, 507, 1231), (FLOAT, BF16), ("peaky", "flat")),
+]
+LARGE_SHAPES = [
+    ((1000, 896, 151936), (BF16,), ("peaky", "flat")),
+    ((515, 3584, 152064), (BF16,), ("peaky", "broken")),
+]
+MAX_TRUE_LOGITS = 30_000_000
+CPU_LARGE_SHAPES = [((130, 256, 32003), (FLOAT, BF16), ("peaky",))]
+# name, statistics, top_k
+HEADS = [
+    ("head", STATISTICS, None),
+    ("head, nll, brier", head.NLL_BRIER, None),
+    ("head, top-k", STATISTICS, head.TOP_K),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One implementation on one set of operands."""
+
+    name: str
+    shape: str
+    dtype: torch.dtype
+    operands: str  # their kind
+    run: Callable[[], list[dict]]  # its errors, statistic by statistic
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run on the CPU, in Triton's interpreter: right or wrong, but of no speed."""
+    return DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and has_triton()
+
+
+def head_forms() -> tuple[str, ...]:
+    """Forms of the head that run here at all."""
+    return ("fused", "chunked", "torch") if interpreted() else head.forms()
+
+
+def kernel_forms() -> tuple[str, ...]:
+    """Implementations of the operations without a matrix product that run here at all."""
+    return ("triton", "torch") if len(head_forms()) > 1 else ("torch",)
+
+
+def cases(seed: int) -> Iterator[Case]:
+    """All that is checked on this device; operands are made anew from ``seed``."""
+    large = [] if interpreted() else LARGE_SHAPES if DEVICE.type == "cuda" else CPU_LARGE_SHAPES
+    g = head.generator(seed)
+    for shape, dtypes, kinds in SMALL_SHAPES[: 1 if interpreted() else None] + large:
+        for dtype in dtypes:
+            for kind in kinds:
+                yield from _head_cases(*shape, dtype, kind, g)
+    for impl in kernel_forms():
+        yield _trajectory_case(impl, seed)
+
+
+def check(case: Case) -> list[dict]:
+    """What the record says of a case: one entry a statistic, or one with the error that it raised."""
+    base = {"name": case.name, "shape": case.shape, "dtype": str(case.dtype).removeprefix("torch.")}
+    base["operands"] = case.operands
+    try:
+        with poisoned_outputs():
+            return [base | entry for entry in case.run()]
+    except Exception as error:  # whatever a kernel fails with belongs into the record
+        return [base | {"error": None, "budget": None, "ok": False, "problem": f"{type(error).__name__}: {error}"}]
+
+
+@contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Memory that was allocated and not written is NaN, or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _head_cases(T: int, D: int, V: int, dtype: torch.dtype, kind: str, g: torch.Generator) -> Iterator[Case]:
+    hidden, weight, labels = head.inputs(T, D, V, dtype, g, "flat" if kind == "flat" else "peaky")
+    rows, options = None, {}
+    if kind == "broken":
+        hidden[0, 0], hidden[1], hidden[T // 2, D - 1] = math.nan, math.inf, -math.inf
+        labels[2::7] = IGNORE_INDEX
+    if kind == "transformed":
+        rows = torch.randperm(T, generator=g, device=DEVICE)[: T - 5]
+        bias = torch.randn(V, generator=g, device=DEVICE).to(dtype)
+        labels, options = labels[rows], {"bias": bias, "softcap": 30.0, "logit_scale": 0.5}
+    picked = hidden if rows is None else hidden[rows]
+    # Truth takes several [T, V] of float64: of large shapes it is made of some of the tokens only.
+    some = torch.arange(0, len(labels), math.ceil(len(labels) * V / MAX_TRUE_LOGITS), device=DEVICE)
+    truth = token_stats_naive(picked[some], weight, labels[some], top_k=head.TOP_K, **options)
+    logits = _eager_logits(picked, weight, **options)
+    eager = head.eager_stats(logits[some], labels[some].clamp(min=0), head.TOP_K)
+    base = {"shape": f"T={len(labels)} D={D} V={V}", "dtype": dtype, "operands": kind}
+
+    def run_head(impl: str, statistics: tuple[str, ...], top_k: int | None) -> list[dict]:
+        out = token_stats(hidden, weight, labels, rows=rows, statistics=statistics, top_k=top_k, impl=impl, **options)
+        return judge(head.pick(out, some), _only(truth, statistics, top_k), eager, dtype)
+
+    def run_from_logits(impl: str) -> list[dict]:
+        masked = logits.clone()
+        masked[3, labels[3] + 1 - V :] = -math.inf
+        out = token_stats_from_logits(masked, labels, top_k=head.TOP_K, impl=impl)
+        part, label = masked[some], labels[some]
+        exact = token_stats_from_logits_naive(part, label, top_k=head.TOP_K)
+        own_eager = head.eager_stats(part, label.clamp(min=0), head.TOP_K)
+        return judge(head.pick(out, some), exact, own_eager, torch.float32)  # both start from the same logits
+
+    for impl in head_forms():
+        for workload, statistics, top_k in HEADS:
+            if top_k is None or impl != "fused":  # top-k has no fused form
+                run = partial(run_head, impl, statistics, top_k)
+                yield Case(name=f"{workload}/{impl}", run=run, **base)
+    for impl in kernel_forms():
+        yield Case(name=f"from logits/{impl}", run=partial(run_from_logits, impl), **base)
+
+
+def _trajectory_case(impl: str, seed: int) -> Case:
+    stats, starts = trajectories.inputs(2000, seed)
+
+    def run() -> list[dict]:
+        out = trajectory_reduce(stats, starts, max_rank=trajectories.MAX_RANK, impl=impl)
+        return trajectories.errors(out, stats, starts)
+
+    shape = f"N=2000 T={len(stats.nll)}"
+    return Case(name=f"trajectory_reduce/{impl}", shape=shape, dtype=torch.float32, operands="random", run=run)
+
+
+def _eager_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float = 0.0, logit_scale: float = 1.0
+) -> Tensor:
+    """As a model makes them, in the dtype of its operands."""
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = (logits + bias) * logit_scale
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def _only(stats: TokenStats, statistics: tuple[str, ...], top_k: int | None) -> TokenStats:
+    """Without what was not asked for."""
+    left_out = {name: None for name in STATISTICS if name not in statistics}
+    return replace(stats, **left_out, **({"brier_topk": None} if top_k is None else {}))

@@ -1,0 +1,123 @@
+"""Times, memory and registers of a run, as the device itself tells them."""
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from benchmarks.comparison import DEVICE, Run
+
+CUDA = DEVICE.type == "cuda"
+MIN_ROUNDS, MAX_ROUNDS = 5, 30
+
+
+def take_turns(runs: Mapping[str, Run], seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of every round of every run, all of them in turn in each round, after a warm-up round.
+
+    Args:
+        runs: by name.
+        seconds: that the rounds may take together, where that leaves MIN_ROUNDS.
+    """
+    clock = _cuda_clock() if CUDA else _cpu_milliseconds
+    for run in runs.values():  # what compiles does it here
+        run()
+    started = time.perf_counter()
+    for run in runs.values():
+        clock(run)
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / (time.perf_counter() - started))))
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            samples[name].append(clock(run))
+    return samples
+
+
+def _cuda_clock() -> Any:
+    """Between two events on the stream, the L2 cache full of something else.
+
+    The write that fills the cache also keeps the stream busy while the launches of ``run`` are being queued.
+    """
+    flush = torch.empty(4 * torch.cuda.get_device_properties(DEVICE).L2_cache_size, dtype=torch.uint8, device=DEVICE)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def milliseconds(run: Run) -> float:
+        torch.cuda.synchronize()
+        flush.zero_()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return milliseconds
+
+
+def _cpu_milliseconds(run: Run) -> float:
+    started = time.perf_counter()
+    run()
+    return (time.perf_counter() - started) * 1e3
+
+
+def extra_memory_mib(run: Run) -> float | None:
+    """How far memory rises over what is there before ``run``, which has run before; None where nobody counts it."""
+    if CUDA:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    peak = Path("/proc/self/clear_refs")
+    if not peak.exists():
+        return None
+    # Not ru_maxrss: Linux starts a child's at its parent's peak, and making the operands has a peak of its own.
+    peak.write_text("5")
+    before = _resident_mib("VmRSS")
+    run()
+    return max(0.0, _resident_mib("VmHWM") - before)
+
+
+def _resident_mib(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+def compiled_kernels(modules: list[ModuleType]) -> list[dict]:
+    """Registers, spills and shared memory of every Triton kernel of these modules that has run in this process."""
+    entries = []
+    for module in modules:
+        for function in vars(module).values():
+            if getattr(function, "__module__", None) == module.__name__:
+                entries += map(_compiled, _variants(function))
+    return entries
+
+
+def _variants(function: Any) -> Iterator[Any]:
+    """What Triton has compiled a jit function to: (kernels by key, ...) by device, in Triton 3.6 to 3.9."""
+    for caches in list(getattr(function, "device_caches", {}).values()):
+        for kernel in caches[0].values():
+            yield kernel.result() if hasattr(kernel, "result") else kernel
+
+
+def _compiled(kernel: Any) -> dict:
+    kernel.run  # noqa: B018  a kernel is loaded, and its registers are counted, when its launcher is first asked for
+    names = kernel.src.fn.arg_names
+    constants = {names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
+    return {
+        "name": kernel.name,
+        "registers": kernel.n_regs,
+        "spills": kernel.n_spills,
+        "shared_bytes": kernel.metadata.shared,
+        "num_warps": kernel.metadata.num_warps,
+        "num_stages": kernel.metadata.num_stages,
+        "constants": {name: value for name, value in constants.items() if isinstance(value, int | float | str | None)},
+    }
+
+
+def medians(samples: Mapping[str, list[float]]) -> dict[str, float]:
+    """Of the rounds of every run."""
+    return {name: median(own) for name, own in samples.items()}
