@@ -1,6 +1,7 @@
 """The inference loop of the released Rank-Surprisal Ratio code (rsr_cal.py), answered by lark-fast: no [T, V] logits.
 
-A program that runs it needs one line before ``rsr_cal.run(...)``: ``rsr_cal.infer_dataset = infer_dataset``.
+A program that runs it needs one line before ``rsr_cal.run(...)``: ``rsr_cal.infer_dataset = infer_dataset``. With a
+float32 student the numbers are the same; with a bfloat16 one the original reads logits that were rounded to bfloat16.
 """
 
 import json

@@ -12,15 +12,14 @@ Trajectories lie one behind another, as the tokens of a packed batch do. Where t
 order, ``rows`` says where each token's are, and they are read from there: no reordered copy is made.
 """
 
-import importlib.util
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from lark_fast.kernels.dispatch import kernel_form
 from lark_fast.kernels.softmax_sums import TokenStats
 
-IMPLEMENTATIONS = ("auto", "triton", "torch")
 SMALLEST_NLL = 1e-12  # sum of nll below which rsr does not divide
 TOKEN_FIELDS = ("nll", "brier", "entropy", "rank", "agreement", "brier_topk")
 
@@ -79,15 +78,12 @@ def trajectory_reduce(
         TrajectoryReduction of ``[N]`` tensors on the device of ``stats``.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, ``max_rank`` below 1, an unknown ``impl``; on a CPU also
-            values of ``cu_seqlens`` or ``rows`` that are out of range. On a GPU nobody has seen those values when this
-            returns: what Triton would read outside of ``stats`` is NaN, torch stops with a device-side assertion.
+        ValueError: shapes, dtypes or devices that do not fit, ``max_rank`` below 1, an unknown ``impl`` or one that
+            cannot run here. On a CPU also values of ``cu_seqlens`` or ``rows`` that are out of range; on a GPU nobody
+            has seen those when this returns: what Triton would read outside of ``stats`` is NaN, and torch stops with a
+            device-side assertion.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl={impl!r}: one of {', '.join(IMPLEMENTATIONS)}")
-    if impl == "auto":
-        impl = "triton" if cu_seqlens.is_cuda and importlib.util.find_spec("triton") else "torch"
-    if impl == "torch":
+    if kernel_form(impl, cu_seqlens.device) == "torch":
         return trajectory_reduce_naive(stats, cu_seqlens, rows=rows, nll_before=nll_before, max_rank=max_rank)
     _check(stats, cu_seqlens, rows, nll_before, max_rank)
     from lark_fast.kernels.trajectory_reduce_triton import reduce_on_device  # Triton may be missing
@@ -116,17 +112,18 @@ def trajectory_reduce_naive(
     given = [getattr(stats, name) for name in TOKEN_FIELDS]
     tokens = [None if value is None else (value if rows is None else value[rows]).double() for value in given]
     nll, brier, entropy, rank, agreement, brier_topk = tokens
-    unknown = nll.isnan()
+
+    def over_trajectories(values: Tensor) -> Tensor:
+        return torch.segment_reduce(values, "sum", offsets=cu_seqlens, initial=0.0, unsafe=True)
+
+    nll_sum = over_trajectories(nll)
 
     def total(values: Tensor | None) -> Tensor | None:
-        if values is None:
-            return None
-        values = values.masked_fill(unknown, float("nan"))
-        return torch.segment_reduce(values, "sum", offsets=cu_seqlens, initial=0.0, unsafe=True)
+        return None if values is None else over_trajectories(values).masked_fill(nll_sum.isnan(), float("nan"))
 
     n_tokens = cu_seqlens.diff().long()
     sums = TrajectoryValues(
-        nll=total(nll),
+        nll=nll_sum,
         brier=total(brier),
         entropy=total(entropy),
         rank=total(None if rank is None else rank.clamp(max=max_rank)),

@@ -1,12 +1,11 @@
 """trajectory_reduce.py as one Triton kernel.
 
-A program owns a trajectory and walks over its tokens, a block at a time, adding each statistic into a block of float64
-sums that are added up at the end. So nothing is shared between programs (no atomics, no second launch), and the order
-of the additions, hence the last bit, depends on the trajectory's length alone: not on its place, nor on the others.
-
-Splitting long trajectories over several programs would buy little: a token is read once, about 40 bytes, so 32 thousand
-tokens are some 32 steps of one program, which is microseconds behind a forward pass of seconds; and many trajectories
-fill the device without it.
+A warp owns a trajectory and walks over its tokens, adding each statistic into a block of float64 sums that are added up
+at the end. So nothing is shared between programs (no atomics, no second launch), and the order of the additions, hence
+the last bit, depends on the trajectory's length alone: not on its place, nor on the others. That is also why the block
+is not sized by the lengths at hand. It is small, as many trajectories are: a hundred tokens should not pay for a
+thousand. Long ones are walked over two blocks at a time, so that a warp waits for memory once for both; splitting them
+over several programs would gain a share of a millisecond behind a forward pass of seconds.
 """
 
 from collections.abc import Sequence
@@ -20,8 +19,8 @@ from lark_fast.kernels import trajectory_reduce
 
 SMALLEST_NLL = tl.constexpr(trajectory_reduce.SMALLEST_NLL)
 N_VALUES = tl.constexpr(len(trajectory_reduce.TOKEN_FIELDS) + 1)
-BLOCK = 1024  # tokens of one step; twice as many per warp would need every register there is
-NUM_WARPS = 8
+BLOCK = 128  # tokens; four a thread
+UNROLLED = 2  # blocks of a step, while that many are left; four run out of registers
 
 
 @triton.jit
@@ -44,10 +43,34 @@ def _write(out, field, place: tl.constexpr, values, n, known, k, n_trajectories)
         tl.store(out + (N_VALUES + place) * wide + k, mean)
 
 
+@triton.jit
+def _add_block(
+    nll, brier, entropy, rank, agreement, brier_topk, nll_before, rows, begin, end, n_rows, max_rank,
+    nll_sum, brier_sum, entropy_sum, rank_sum, agreement_sum, topk_sum, delta_sum, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add tokens begin, ..., begin + BLOCK - 1 below end into the sums [BLOCK] float64."""
+    token = begin + tl.arange(0, BLOCK)
+    here = token < end
+    at = token
+    if rows is not None:
+        at = tl.load(rows + token, mask=here, other=0)
+    held = here & (at >= 0) & (at < n_rows)
+    x = tl.where(here & ~held, float("nan"), _load(nll, at, held))
+    nll_sum += x
+    brier_sum += _load(brier, at, held)
+    entropy_sum += _load(entropy, at, held)
+    rank_sum += tl.minimum(_load(rank, at, held), max_rank)
+    agreement_sum += _load(agreement, at, held)
+    topk_sum += _load(brier_topk, at, held)
+    if nll_before is not None:
+        delta_sum += _load(nll_before, token, here) - x
+    return nll_sum, brier_sum, entropy_sum, rank_sum, agreement_sum, topk_sum, delta_sum
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_tokens", "n_trajectories", "max_rank"])
 def _reduce(
     nll, brier, entropy, rank, agreement, brier_topk, nll_before, rows, cu_seqlens, lengths, out, rsr,
-    n_rows, n_tokens, n_trajectories, max_rank, BLOCK: tl.constexpr,
+    n_rows, n_tokens, n_trajectories, max_rank, BLOCK: tl.constexpr, UNROLLED: tl.constexpr,
 ):  # fmt: skip
     """Fields [n_rows], rows and nll_before [n_tokens] -> lengths [N], out [2, N_VALUES, N] and rsr [N]."""
     k = tl.program_id(0).to(tl.int64)
@@ -62,22 +85,18 @@ def _reduce(
     agreement_sum = tl.zeros([BLOCK], tl.float64)
     topk_sum = tl.zeros([BLOCK], tl.float64)
     delta_sum = tl.zeros([BLOCK], tl.float64)
+    while end - begin >= UNROLLED * BLOCK:
+        for _ in tl.static_range(UNROLLED):
+            nll_sum, brier_sum, entropy_sum, rank_sum, agreement_sum, topk_sum, delta_sum = _add_block(
+                nll, brier, entropy, rank, agreement, brier_topk, nll_before, rows, begin, end, n_rows, max_rank,
+                nll_sum, brier_sum, entropy_sum, rank_sum, agreement_sum, topk_sum, delta_sum, BLOCK,
+            )  # fmt: skip
+            begin += BLOCK
     while begin < end:
-        token = begin + tl.arange(0, BLOCK)
-        here = token < end
-        at = token
-        if rows is not None:
-            at = tl.load(rows + token, mask=here, other=0)
-        held = here & (at >= 0) & (at < n_rows)
-        x = tl.where(here & ~held, float("nan"), _load(nll, at, held))
-        nll_sum += x
-        brier_sum += _load(brier, at, held)
-        entropy_sum += _load(entropy, at, held)
-        rank_sum += tl.minimum(_load(rank, at, held), max_rank)
-        agreement_sum += _load(agreement, at, held)
-        topk_sum += _load(brier_topk, at, held)
-        if nll_before is not None:
-            delta_sum += _load(nll_before, token, here) - x
+        nll_sum, brier_sum, entropy_sum, rank_sum, agreement_sum, topk_sum, delta_sum = _add_block(
+            nll, brier, entropy, rank, agreement, brier_topk, nll_before, rows, begin, end, n_rows, max_rank,
+            nll_sum, brier_sum, entropy_sum, rank_sum, agreement_sum, topk_sum, delta_sum, BLOCK,
+        )  # fmt: skip
         begin += BLOCK
     total = tl.sum(nll_sum, 0)
     known = total == total
@@ -119,5 +138,8 @@ def reduce_on_device(
         inputs = [None if x is None else x.contiguous() for x in (*fields, nll_before, rows, cu_seqlens)]
         n_tokens = len(nll) if rows is None else len(rows)
         with torch.cuda.device_of(nll):
-            _reduce[(n,)](*inputs, lengths, out, rsr, len(nll), n_tokens, n, max_rank, BLOCK=BLOCK, num_warps=NUM_WARPS)
+            _reduce[(n,)](
+                *inputs, lengths, out, rsr, len(nll), n_tokens, n, max_rank,
+                BLOCK=BLOCK, UNROLLED=UNROLLED, num_warps=1,
+            )  # fmt: skip
     return lengths, *out, rsr

@@ -18,7 +18,7 @@ from lark_fast.kernels.trajectory_reduce import (
 
 VALUES = [field.name for field in fields(TrajectoryValues)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BLOCK = 1024  # the kernel's step
+STEP = 256  # of the kernel: two blocks
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +79,10 @@ def assert_same_bits(one, other):
         assert value is None or torch.equal(value.view(torch.int64), again[name].view(torch.int64)), name
 
 
-# Lengths around a step's edge, runs of empty trajectories, and batches of nothing.
-LENGTHS = st.lists(st.one_of(st.integers(0, 40), st.sampled_from([0, BLOCK - 1, BLOCK, BLOCK + 1, 2500])), max_size=9)
+# Lengths around the edges of a block and of a step, runs of empty trajectories, and batches of nothing.
+LENGTHS = st.lists(
+    st.one_of(st.integers(0, 40), st.sampled_from([0, 127, 128, 129, STEP - 1, STEP, STEP + 1, 1000])), max_size=9
+)
 
 
 @settings(max_examples=60, deadline=None)
