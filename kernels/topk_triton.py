@@ -36,6 +36,7 @@ from lark_fast.kernels.softmax_sums_triton import LOG2_E
 KEY_OF_MINUS_INF = tl.constexpr(-2139095041)
 TILE = 4096  # logits a program of step 1 reads: 32 a thread, in loads of 16 bytes
 MAXIMA_HELD, LOGITS_HELD = 8192, 16384  # what a program of step 2 and of step 3 can hold in its registers
+LOGITS_REREAD = 4096  # what a program of step 3 reads at a time where it cannot hold them all
 NUMBERS_PER_WARP = 1024
 SCRATCH = 1 << 22  # maxima of one launch: 16 MiB, which the L2 cache keeps
 
@@ -225,7 +226,8 @@ class Plan(NamedTuple):
             group *= 2
         n_groups = triton.cdiv(n_columns, group)
         slots = triton.next_power_of_2(max(1, min(k - 1, n_groups)))
-        return cls(group, n_groups, slots, max(1, min(slots, LOGITS_HELD // group)))
+        step = slots if slots * group <= LOGITS_HELD else max(1, LOGITS_REREAD // group)
+        return cls(group, n_groups, slots, step)
 
 
 def brier_topk(

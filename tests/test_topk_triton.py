@@ -95,6 +95,7 @@ def test_k_that_reaches_every_word(k):
 def test_many_groups_are_read_again_and_again(monkeypatch):
     # What a large k of a large vocabulary does: the chosen groups do not fit a program's registers.
     monkeypatch.setattr(topk_triton, "LOGITS_HELD", 64)
+    monkeypatch.setattr(topk_triton, "LOGITS_REREAD", 32)
     monkeypatch.setattr(topk_triton, "MAXIMA_HELD", 16)
     z = normal(2, 250)
     plan = topk_triton.Plan.of(250, 100)
