@@ -37,12 +37,11 @@ LARGE_SHAPES = [
 ]
 MAX_TRUE_LOGITS = 30_000_000
 CPU_LARGE_SHAPES = [((130, 256, 32003), (FLOAT, BF16), ("peaky",))]
-# name, statistics, top_k
-HEADS = [
-    ("head", STATISTICS, None),
-    ("head, nll, brier", head.NLL_BRIER, None),
-    ("head, top-k", STATISTICS, head.TOP_K),
-]
+HEADS = {  # by name: statistics, top_k
+    head.ALL: (STATISTICS, None),
+    head.LIGHT: (head.NLL_BRIER, None),
+    head.TOPK: (STATISTICS, head.TOP_K),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,11 +70,11 @@ def kernel_forms() -> tuple[str, ...]:
     return ("triton", "torch") if len(head_forms()) > 1 else ("torch",)
 
 
-def cases(seed: int) -> Iterator[Case]:
-    """All that is checked on this device; operands are made anew from ``seed``."""
-    large = [] if interpreted() else LARGE_SHAPES if DEVICE.type == "cuda" else CPU_LARGE_SHAPES
+def cases(seed: int, tiny: bool = False) -> Iterator[Case]:
+    """All that is checked on this device, or the smallest shape alone; operands are made anew from ``seed``."""
     g = head.generator(seed)
-    for shape, dtypes, kinds in SMALL_SHAPES[: 1 if interpreted() else None] + large:
+    shapes = SMALL_SHAPES + (LARGE_SHAPES if DEVICE.type == "cuda" else CPU_LARGE_SHAPES)
+    for shape, dtypes, kinds in shapes[:1] if tiny or interpreted() else shapes:
         for dtype in dtypes:
             for kind in kinds:
                 yield from _head_cases(*shape, dtype, kind, g)
@@ -123,12 +122,11 @@ def _head_cases(T: int, D: int, V: int, dtype: torch.dtype, kind: str, g: torch.
     some = torch.arange(0, len(labels), math.ceil(len(labels) * V / MAX_TRUE_LOGITS), device=DEVICE)
     truth = token_stats_naive(picked[some], weight, labels[some], top_k=head.TOP_K, **options)
     logits = _eager_logits(picked, weight, **options)
-    eager = head.eager_stats(logits[some], labels[some].clamp(min=0), head.TOP_K)
     base = {"shape": f"T={len(labels)} D={D} V={V}", "dtype": dtype, "operands": kind}
 
     def run_head(impl: str, statistics: tuple[str, ...], top_k: int | None) -> list[dict]:
         out = token_stats(hidden, weight, labels, rows=rows, statistics=statistics, top_k=top_k, impl=impl, **options)
-        return judge(head.pick(out, some), _only(truth, statistics, top_k), eager, dtype)
+        return judge(head.pick(out, some), _only(truth, statistics, top_k), logits[some], labels[some], dtype, top_k)
 
     def run_from_logits(impl: str) -> list[dict]:
         masked = logits.clone()
@@ -136,16 +134,16 @@ def _head_cases(T: int, D: int, V: int, dtype: torch.dtype, kind: str, g: torch.
         out = token_stats_from_logits(masked, labels, top_k=head.TOP_K, impl=impl)
         part, label = masked[some], labels[some]
         exact = token_stats_from_logits_naive(part, label, top_k=head.TOP_K)
-        own_eager = head.eager_stats(part, label.clamp(min=0), head.TOP_K)
-        return judge(head.pick(out, some), exact, own_eager, torch.float32)  # both start from the same logits
+        # Both start from the same logits, so as float32 ones they are judged.
+        return judge(head.pick(out, some), exact, part, label, torch.float32, head.TOP_K)
 
     for impl in head_forms():
-        for workload, statistics, top_k in HEADS:
+        for workload, (statistics, top_k) in HEADS.items():
             if top_k is None or impl != "fused":  # top-k has no fused form
                 run = partial(run_head, impl, statistics, top_k)
                 yield Case(name=f"{workload}/{impl}", run=run, **base)
     for impl in kernel_forms():
-        yield Case(name=f"from logits/{impl}", run=partial(run_from_logits, impl), **base)
+        yield Case(name=f"{head.FROM_LOGITS}/{impl}", run=partial(run_from_logits, impl), **base)
 
 
 def _trajectory_case(impl: str, seed: int) -> Case:
@@ -156,7 +154,7 @@ def _trajectory_case(impl: str, seed: int) -> Case:
         return trajectories.errors(out, stats, starts)
 
     shape = f"N=2000 T={len(stats.nll)}"
-    return Case(name=f"trajectory_reduce/{impl}", shape=shape, dtype=torch.float32, operands="random", run=run)
+    return Case(name=f"{trajectories.NAME}/{impl}", shape=shape, dtype=torch.float32, operands="random", run=run)
 
 
 def _eager_logits(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.accuracy import assert_right
 from benchmarks.comparison import DEVICE, Run, Workload, note_missing, optional_peer
-from benchmarks.eager import eager_exact, eager_nll_brier, eager_stats, eager_topk, in_chunks
+from benchmarks.eager import eager_exact, eager_nll_brier, eager_topk, in_chunks
 from lark_fast.kernels.dispatch import FORMS, has_triton
 from lark_fast.kernels.softmax_sums import STATISTICS, TokenStats
 from lark_fast.kernels.token_stats import (
@@ -25,6 +25,8 @@ from lark_fast.kernels.token_stats import (
     token_stats_naive,
 )
 
+# The workloads by name; peers say in brackets what they give.
+ALL, LIGHT, TOPK, ROWS, FROM_LOGITS = "head", "head, nll and brier", "head, top-k", "head, some rows", "from logits"
 NLL_BRIER = ("nll", "brier")
 TOP_K = 50
 CHECKED_ROWS = 48  # of the float64 definition before a timing
@@ -90,7 +92,7 @@ def head(T: int, D: int, V: int, dtype: torch.dtype, statistics=STATISTICS, top_
 
     gives = "nll, top-k Brier" if top_k is not None else "all four" if eager is eager_exact else "nll, brier"
     return Workload(
-        name="head, " + (gives if top_k is None else f"all four and top-k {top_k}"),
+        name=TOPK if top_k is not None else ALL if eager is eager_exact else LIGHT,
         shape=f"T={T} D={D} V={V}",
         dtype=dtype,
         ours=lambda impl: token_stats(hidden, weight, labels, statistics=statistics, top_k=top_k, impl=impl),
@@ -108,7 +110,7 @@ def scored_rows(T: int, D: int, V: int, dtype: torch.dtype) -> Workload:
     packed = torch.zeros(2 * T, D, dtype=dtype, device=DEVICE).index_copy_(0, rows, hidden)
     logits = torch.empty(T, V, dtype=dtype, device=DEVICE)
     return Workload(
-        name="head, all four, every second row",
+        name=ROWS,
         shape=f"T={T} D={D} V={V}",
         dtype=dtype,
         ours=lambda impl: token_stats(packed, weight, labels, rows=rows, impl=impl),
@@ -131,7 +133,7 @@ def from_logits(T: int, V: int, dtype: torch.dtype) -> Workload:
     def check(out: TokenStats) -> None:
         part, label = logits[some], labels[some]
         truth = token_stats_from_logits_naive(part, label)
-        assert_right(pick(out, some), truth, eager_stats(part, label, None), torch.float32)  # the same logits for both
+        assert_right(pick(out, some), truth, part, label, torch.float32)  # both start from the same logits
 
     peers = {"eager (all four)": lambda: eager_exact(logits, labels)}
     if compiles():
@@ -139,7 +141,7 @@ def from_logits(T: int, V: int, dtype: torch.dtype) -> Workload:
         peers["torch.compile of eager (all four)"] = lambda: compiled(logits, labels)
     peers["torch's cross_entropy (nll only)"] = lambda: F.cross_entropy(logits, labels, reduction="none")
     return Workload(
-        name="from logits, all four",
+        name=FROM_LOGITS,
         shape=f"T={T} V={V}",
         dtype=dtype,
         ours=lambda impl: token_stats_from_logits(logits, labels, impl=impl),
@@ -205,7 +207,7 @@ def check_head(
     some = slice(None, None, max(1, len(labels) // CHECKED_ROWS))
     part, label = hidden[some], labels[some]
     truth = token_stats_naive(part, weight, label, statistics=statistics, top_k=top_k)
-    assert_right(pick(out, some), truth, eager_stats(part @ weight.T, label, top_k), hidden.dtype)
+    assert_right(pick(out, some), truth, part @ weight.T, label, hidden.dtype, top_k)
 
 
 def pick(stats: TokenStats, tokens: slice | Tensor) -> TokenStats:

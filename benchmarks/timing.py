@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from statistics import median
 from types import ModuleType
 from typing import Any
 
@@ -116,8 +115,3 @@ def _compiled(kernel: Any) -> dict:
         "num_stages": kernel.metadata.num_stages,
         "constants": {name: value for name, value in constants.items() if isinstance(value, int | float | str | None)},
     }
-
-
-def medians(samples: Mapping[str, list[float]]) -> dict[str, float]:
-    """Of the rounds of every run."""
-    return {name: median(own) for name, own in samples.items()}

@@ -12,6 +12,7 @@ from lark_fast.kernels.dispatch import has_triton
 from lark_fast.kernels.softmax_sums import TokenStats
 from lark_fast.kernels.trajectory_reduce import TrajectoryReduction, trajectory_reduce
 
+NAME = "trajectory_reduce"
 CUDA = DEVICE.type == "cuda"
 TRAJECTORIES = 100_000 if CUDA else 20_000  # of 97 tokens in the mean: 204 and 41 MB, more than caches hold
 FIELDS = ("nll", "brier", "entropy", "rank", "agreement")
@@ -45,7 +46,7 @@ def reduction(n: int = TRAJECTORIES) -> Workload:
         ]
 
     return Workload(
-        name="trajectory_reduce",
+        name=NAME,
         shape=f"N={n} T={ends[-1]}",
         dtype=torch.float32,
         ours=lambda impl: trajectory_reduce(stats, starts, max_rank=MAX_RANK, impl=impl),

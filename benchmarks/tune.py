@@ -1,0 +1,81 @@
+"""``python -m benchmarks.record --tune``: every candidate of dispatch.py for this GPU, at the shapes that matter.
+
+The first candidate of a table is the one in use: put the fastest there.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from statistics import median
+
+import torch
+
+from benchmarks import head, timing
+from benchmarks.baselines import device_name, versions
+from benchmarks.comparison import DEVICE, Run
+from benchmarks.correctness import interpreted
+from lark_fast.kernels import dispatch
+
+SECONDS = 10.0  # of the rounds of one shape
+CHUNK_MIB = (16, 32, 64, 128)  # of float32 logits that the chunked form makes at a time
+
+
+@torch.no_grad()
+def tune(tiny: bool) -> int:
+    """Print a line a candidate, the fastest first; 1 where this machine has nothing to tune."""
+    if DEVICE.type != "cuda" and not interpreted():
+        print("--tune needs a GPU, or TRITON_INTERPRET=1 with --tiny for a trial of the path", file=sys.stderr)
+        return 1
+    print(f"{device_name()}; {versions()}")
+    for shape in [(33, 48, 257, torch.bfloat16)] if tiny else head.SHAPES:
+        _tune(*shape)
+    return 0
+
+
+def _tune(T: int, D: int, V: int, dtype: torch.dtype) -> None:
+    hidden, weight, _ = operands = head.inputs(T, D, V, dtype, head.generator(0))
+    logits = torch.empty(T, V, dtype=dtype, device=DEVICE)
+    runs, refused = {}, {}
+    for name, run in _candidates(*operands):
+        try:
+            head.check_head(run(), *operands)
+            runs[name] = run
+        except Exception as error:  # too few registers, too little shared memory, a wrong result: all are told
+            refused[name] = f"{type(error).__name__}: {error}"[:200]
+    seconds = SECONDS if DEVICE.type == "cuda" else 0.0
+    samples = timing.take_turns({"limit": partial(torch.mm, hidden, weight.T, out=logits), **runs}, seconds)
+    medians = {name: median(own) for name, own in samples.items()}
+    limit = medians.pop("limit")
+    print(f"\nT={T} D={D} V={V} {dtype}; the product alone: {limit:.3f} ms")
+    for name in sorted(medians, key=medians.get):
+        print(f"{medians[name]:9.3f} ms  {medians[name] / limit:6.3f}x  {name}")
+    for name, reason in refused.items():
+        print(f"  refused            {name}: {reason}")
+
+
+def _candidates(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[str, Run]]:
+    from lark_fast.kernels import logits_triton, softmax_sums_triton, token_stats_triton
+    from lark_fast.kernels.head import Head
+    from lark_fast.kernels.softmax_sums import TokenStats, Wanted
+
+    whole, wanted = Head(weight), Wanted()
+
+    def fused(config: dispatch.HeadConfig) -> TokenStats:
+        label_logit = token_stats_triton.label_logits(hidden, None, whole, labels, config)
+        partials = token_stats_triton.partial_sums(hidden, None, whole, labels, label_logit, wanted, config)
+        return softmax_sums_triton.finish(partials, label_logit, wanted)
+
+    def chunked(mib: int) -> TokenStats:
+        before, logits_triton.CHUNK_BYTES = logits_triton.CHUNK_BYTES, mib << 20
+        try:
+            return head.token_stats(hidden, weight, labels, impl="chunked")
+        finally:
+            logits_triton.CHUNK_BYTES = before
+
+    arch = dispatch.architecture(DEVICE) if DEVICE.type == "cuda" else None
+    for config in dispatch.CONFIGS[arch] if arch else (dispatch.INTERPRETER_CONFIG,):
+        words = ", ".join(f"{name}={value}" for name, value in asdict(config).items())
+        yield f"fused, {words}", partial(fused, config)
+    for mib in CHUNK_MIB:
+        yield f"chunked, {mib} MiB", partial(chunked, mib)
