@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test benchmarks lint format clean
+.PHONY: demo test benchmarks aot lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lark-fast demo --out demo-run
@@ -13,6 +13,9 @@ test: $(VENV)/.installed
 
 benchmarks: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks
+
+aot: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.aot
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -5,7 +5,7 @@
 
 import functools
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -23,48 +23,75 @@ class HeadConfig:
     words: int  # of a tile
     inner: int  # of D, in one step of a tile's product
     slices: int = 1  # in which the statistics take a tile's logits: two need fewer registers
+    boxes: bool = False  # whether the copy engine brings the operands (tensor descriptors: sm_90 and later)
     flatten: bool = False  # whether the loads of the next tile start during the statistics of this one
     num_warps: int
     num_stages: int
 
 
-# In order of preference. "sm_90" is the H100 and H200, "sm_100" the B200, "sm_80" the A100 and what came after it with
-# less shared memory, "gfx942" the MI300X. Chosen by what the compiler says of registers; docs/log.md tells what has
-# been timed.
-HALF_CONFIGS = {
-    "sm_90": (
-        HeadConfig(rows=128, words=256, inner=64, slices=2, num_warps=8, num_stages=3),
-        HeadConfig(rows=128, words=128, inner=64, slices=1, num_warps=8, num_stages=4),
+# For half-precision operands, in order of preference. "sm_90" is the H100 and H200, "sm_100" the B200, "sm_80" the A100
+# and its kin with less shared memory, "gfx942" the MI300X. Chosen by what the compiler says (benchmarks/aot.py);
+# docs/log.md tells which have been timed.
+CONFIGS = {
+    "sm_80": (
+        HeadConfig(rows=128, words=128, inner=32, slices=2, flatten=True, num_warps=8, num_stages=4),
         HeadConfig(rows=128, words=128, inner=64, slices=2, num_warps=8, num_stages=3),
     ),
-    "sm_100": (HeadConfig(rows=128, words=128, inner=64, slices=1, num_warps=8, num_stages=4),),
-    "sm_80": (HeadConfig(rows=128, words=128, inner=32, slices=2, num_warps=8, num_stages=3),),
-    "gfx942": (HeadConfig(rows=128, words=128, inner=64, slices=1, num_warps=8, num_stages=2),),
+    "sm_90": (
+        HeadConfig(rows=128, words=256, inner=64, slices=2, boxes=True, flatten=True, num_warps=8, num_stages=4),
+        HeadConfig(rows=128, words=128, inner=64, boxes=True, num_warps=8, num_stages=3),  # two programs a processor
+        HeadConfig(rows=256, words=128, inner=64, slices=2, boxes=True, num_warps=8, num_stages=4),
+        HeadConfig(rows=128, words=128, inner=64, num_warps=8, num_stages=4),
+    ),
+    "sm_100": (
+        HeadConfig(rows=128, words=256, inner=64, slices=2, boxes=True, num_warps=8, num_stages=4),
+        HeadConfig(rows=128, words=128, inner=64, slices=2, boxes=True, num_warps=8, num_stages=3),
+    ),
+    "gfx942": (
+        HeadConfig(rows=128, words=128, inner=64, slices=2, num_warps=8, num_stages=3),
+        HeadConfig(rows=128, words=128, inner=32, slices=2, num_warps=8, num_stages=3),
+    ),
 }
-# float32 products without tensor cores: small tiles, one for all.
-FLOAT_CONFIG = HeadConfig(rows=64, words=64, inner=16, num_warps=4, num_stages=2)
+# float32, which is multiplied without tensor cores, and sizes of D that those above do not take.
+PLAIN_CONFIG = HeadConfig(rows=64, words=64, inner=16, num_warps=4, num_stages=2)
 # Where Triton's interpreter runs: every loop takes more than one turn on small problems.
-INTERPRETER_CONFIG = HeadConfig(rows=16, words=64, inner=16, slices=2, num_warps=1, num_stages=1)
+INTERPRETER_CONFIG = HeadConfig(rows=16, words=64, inner=16, slices=2, boxes=True, num_warps=1, num_stages=1)
 
 
+def head_config(hidden: Tensor, weight: Tensor) -> HeadConfig:
+    """How the fused head is cut for hidden ``[N, D]`` and weight ``[V, D]`` on their device."""
+    if hidden.device.type == "cpu":
+        return replace(INTERPRETER_CONFIG, boxes=_aligned(hidden) and _aligned(weight))
+    if hidden.dtype not in HALF:
+        return PLAIN_CONFIG
+    config = CONFIGS[architecture(hidden.device)][0]
+    return config if _tidy(hidden, weight) else PLAIN_CONFIG
+
+
+@functools.cache
 def architecture(device: torch.device) -> str:
-    """The key of ``HALF_CONFIGS`` for a device."""
+    """The key of ``CONFIGS`` for a GPU; those behind the newest are taken for it."""
     if torch.version.hip:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(device)
-    return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100")
+    return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def head_config(arch: str, dtype: torch.dtype) -> HeadConfig:
-    """How the fused head is cut on an architecture for operands of this dtype."""
-    return FLOAT_CONFIG if dtype == torch.float32 else HALF_CONFIGS[arch][0]
+def _aligned(matrix: Tensor) -> bool:
+    """Whether every row starts on a multiple of 16 bytes, as the copy engine wants it."""
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+
+
+def _tidy(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the configurations for tensor cores take these operands: aligned, and D a multiple of their steps."""
+    return hidden.shape[1] % 64 == 0 and _aligned(hidden) and _aligned(weight)
 
 
 def head_form(impl: str, hidden: Tensor, weight: Tensor) -> str:
     """Which of ``FORMS`` runs the head; ``impl`` as in ``token_stats``.
 
-    Half-precision operands go to the fused form. float32 ones, which it would multiply without tensor cores, go to the
-    library's product; float64 and mixed dtypes to torch.
+    Half-precision operands go to the fused form. float32 ones, which it would multiply without tensor cores, and odd
+    sizes of D go to the library's product; float64 and mixed dtypes to torch.
 
     Raises:
         ValueError: an unknown ``impl``, or one that cannot run on this device or these dtypes.
@@ -73,7 +100,7 @@ def head_form(impl: str, hidden: Tensor, weight: Tensor) -> str:
     if impl == "auto" and not (same and hidden.is_cuda and has_triton()):
         return "torch"
     if impl in ("auto", "triton"):
-        impl = "fused" if hidden.dtype in HALF else "chunked"
+        impl = "fused" if hidden.dtype in HALF and _tidy(hidden, weight) else "chunked"
     if impl not in FORMS:
         raise ValueError(f"impl={impl!r}: one of 'auto', 'triton', {', '.join(map(repr, FORMS))}")
     if impl != "torch":

@@ -24,27 +24,35 @@ def finish_logits(
 @triton.jit
 def product(
     hidden, weight, row, word, D: tl.constexpr, stride_hidden, stride_weight,
-    ROWS: tl.constexpr, WORDS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr, RAISE: tl.constexpr,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, INNER: tl.constexpr, ROW_BOXES: tl.constexpr, WORD_BOXES: tl.constexpr,
+    PRECISION: tl.constexpr, RAISE: tl.constexpr,
 ):  # fmt: skip
-    """hidden[row] x weight[word]^T -> [ROWS, WORDS] float32; row [ROWS] and word [WORDS] int64, all in range.
+    """hidden[row] x weight[word]^T -> [ROWS, WORDS] float32.
 
-    RAISE multiplies the operands as float32: Triton's interpreter takes bfloat16 for integers.
+    hidden and row [ROWS], weight and word [WORDS]: a pointer and int64 places, all in range. With ROW_BOXES or
+    WORD_BOXES, a tensor descriptor and the first place of consecutive ones, of which some may lie behind the end (those
+    give 0): the GPU's copy engine then brings the operand. RAISE multiplies the operands as float32: Triton's
+    interpreter takes bfloat16 for integers.
     """
     inner = tl.arange(0, INNER)
-    h = hidden + row[:, None] * stride_hidden + inner[None, :]
-    w = weight + word[None, :] * stride_weight + inner[:, None]
+    if not ROW_BOXES:
+        h = hidden + row[:, None] * stride_hidden + inner[None, :]
+    if not WORD_BOXES:
+        w = weight + word[None, :] * stride_weight + inner[:, None]
     total = tl.zeros([ROWS, WORDS], tl.float32)
     for k in range(0, D, INNER):
-        if D % INNER == 0:
-            a = tl.load(h)
-            b = tl.load(w)
+        if ROW_BOXES:
+            a = hidden.load([row, k])
         else:
-            a = tl.load(h, mask=inner[None, :] < D - k, other=0.0)
-            b = tl.load(w, mask=inner[:, None] < D - k, other=0.0)
+            a = tl.load(h) if D % INNER == 0 else tl.load(h, mask=inner[None, :] < D - k, other=0.0)
+            h += INNER
+        if WORD_BOXES:
+            b = weight.load([word, k]).T
+        else:
+            b = tl.load(w) if D % INNER == 0 else tl.load(w, mask=inner[:, None] < D - k, other=0.0)
+            w += INNER
         if RAISE:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
         total = tl.dot(a, b, total, input_precision=PRECISION)
-        h += INNER
-        w += INNER
     return total

@@ -14,21 +14,23 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lark_fast.kernels.dispatch import INTERPRETER_CONFIG, HeadConfig, architecture, head_config
+from lark_fast.kernels.dispatch import HALF, HeadConfig, head_config
 from lark_fast.kernels.head import Head
 from lark_fast.kernels.head_triton import finish_logits, product
 from lark_fast.kernels.softmax_sums import Wanted
 from lark_fast.kernels.softmax_sums_triton import LOWEST, fold, store_sums
 
-LABEL_ROWS = 64
+LABEL_ROWS, FLOAT_LABEL_ROWS = 64, 32
 MAX_SPLITS = 64
 INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit
 def _label_logits(
-    hidden, weight, bias, rows, labels, out, n_rows, n_hidden, n_words, stride_hidden, stride_weight, logit_scale, softcap,
+    hidden, weight, bias, rows, labels, out,
+    n_rows, n_hidden, n_words, stride_hidden, stride_weight, logit_scale, softcap,
     D: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr,
     ROWS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr, RAISE: tl.constexpr,
 ):  # fmt: skip
@@ -37,7 +39,7 @@ def _label_logits(
     row, label, known = _rows_and_labels(rows, labels, place, n_rows, n_hidden, n_words, HAS_ROWS)
     word = tl.where(known, label, 0)
     square = product(
-        hidden, weight, row, word, D, stride_hidden, stride_weight, ROWS, ROWS, INNER, PRECISION, RAISE
+        hidden, weight, row, word, D, stride_hidden, stride_weight, ROWS, ROWS, INNER, False, False, PRECISION, RAISE
     )  # fmt: skip
     index = tl.arange(0, ROWS)
     x = tl.sum(tl.where(index[:, None] == index[None, :], square, 0.0), 1)
@@ -68,7 +70,7 @@ def _partial_sums(
     D: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr,
     BRIER: tl.constexpr, ENTROPY: tl.constexpr, RANK: tl.constexpr,
     ROWS: tl.constexpr, WORDS: tl.constexpr, INNER: tl.constexpr, SLICES: tl.constexpr, FLATTEN: tl.constexpr,
-    PRECISION: tl.constexpr, RAISE: tl.constexpr,
+    ROW_BOXES: tl.constexpr, WORD_BOXES: tl.constexpr, PRECISION: tl.constexpr, RAISE: tl.constexpr,
 ):  # fmt: skip
     """Sums of a block of rows over one split of the vocabulary -> partials [n_splits, 5, n_rows]."""
     # Programs that run together hold the blocks of one group and the same few splits: hidden states and words that
@@ -77,8 +79,11 @@ def _partial_sums(
     members = tl.minimum(tl.cdiv(n_rows, ROWS) - first, group)
     within = tl.program_id(0) % (group * n_splits)
     split = within // members
-    place = (first + within % members) * ROWS + tl.arange(0, ROWS)
+    first_row = (first + within % members) * ROWS
+    place = first_row + tl.arange(0, ROWS)
     row, label, _ = _rows_and_labels(rows, labels, place, n_rows, n_hidden, n_words, HAS_ROWS)
+    if ROW_BOXES:
+        row = first_row
     label = label.to(tl.int32)
     z_label = tl.load(label_logit + tl.minimum(place, n_rows - 1))
     m = tl.full([ROWS], LOWEST, tl.float32)
@@ -88,9 +93,10 @@ def _partial_sums(
     count = tl.zeros([ROWS], tl.int32)
     start = split * split_words
     for tile in tl.range(start, tl.minimum(start + split_words, n_words), WORDS, flatten=FLATTEN):
-        word = tl.minimum(tile + tl.arange(0, WORDS), n_words - 1).to(tl.int64)
+        word = tile if WORD_BOXES else tl.minimum(tile + tl.arange(0, WORDS), n_words - 1).to(tl.int64)
         x = product(
-            hidden, weight, row, word, D, stride_hidden, stride_weight, ROWS, WORDS, INNER, PRECISION, RAISE
+            hidden, weight, row, word, D, stride_hidden, stride_weight,
+            ROWS, WORDS, INNER, ROW_BOXES, WORD_BOXES, PRECISION, RAISE,
         )  # fmt: skip
         # One slice of the tile after the other: its temporaries then fit in the registers that the product leaves.
         if SLICES == 2:
@@ -107,14 +113,17 @@ def _partial_sums(
     store_sums(own, place, n_rows, m, s1, s2, sz, count, BRIER, ENTROPY, RANK)
 
 
-def label_logits(hidden: Tensor, rows: Tensor | None, head: Head, labels: Tensor) -> Tensor:
-    """Logits of labels [T] for rows (all, where None) of hidden [N, D] -> ``[T]`` float32, NaN where a label is no word."""
+def label_logits(
+    hidden: Tensor, rows: Tensor | None, head: Head, labels: Tensor, config: HeadConfig | None = None
+) -> Tensor:
+    """``[T]`` float32 logits of the labels, NaN where a label is no word; arguments as in ``partial_sums``."""
     out = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
     if len(labels):
-        config = _config(hidden)
-        _label_logits[(triton.cdiv(len(labels), LABEL_ROWS),)](
+        config = config or head_config(hidden, head.weight)
+        label_rows = LABEL_ROWS if hidden.dtype in HALF else FLOAT_LABEL_ROWS
+        _label_logits[(triton.cdiv(len(labels), label_rows),)](
             hidden, head.weight, head.bias, rows, labels, out, len(labels), *_sizes(hidden, head),
-            **_head_flags(hidden, rows, head), ROWS=LABEL_ROWS, INNER=config.inner, num_warps=4,
+            **_head_flags(hidden, rows, head), ROWS=label_rows, INNER=config.inner, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -134,7 +143,7 @@ def partial_sums(
         wanted: the statistics to prepare for; the sums of others are left uninitialised.
         config: how to cut the work; None takes the table's.
     """
-    config = config or _config(hidden)
+    config = config or head_config(hidden, head.weight)
     n_rows, (n_words, _) = len(labels), head.weight.shape
     n_blocks, n_tiles = triton.cdiv(n_rows, config.rows), triton.cdiv(n_words, config.words)
     split_tiles = triton.cdiv(n_tiles, _splits(n_blocks, n_tiles, _processors(hidden.device)))
@@ -142,18 +151,19 @@ def partial_sums(
     partials = torch.empty(n_splits, 5, n_rows, dtype=torch.float32, device=hidden.device)
     if n_rows:
         n_hidden, n_words, *rest = _sizes(hidden, head)
+        row_boxes = config.boxes and rows is None
+        of_hidden = TensorDescriptor.from_tensor(hidden, [config.rows, config.inner]) if row_boxes else hidden
+        weight = head.weight
+        of_weight = TensorDescriptor.from_tensor(weight, [config.words, config.inner]) if config.boxes else weight
         _partial_sums[(n_blocks * n_splits,)](
-            hidden, head.weight, head.bias, rows, labels, label_logit, partials,
+            of_hidden, of_weight, head.bias, rows, labels, label_logit, partials,
             n_rows, n_hidden, n_words, n_splits, split_tiles * config.words, _group(hidden, config, n_blocks), *rest,
             **_head_flags(hidden, rows, head), BRIER=wanted.brier, ENTROPY=wanted.entropy, RANK=wanted.rank,
             ROWS=config.rows, WORDS=config.words, INNER=config.inner, SLICES=config.slices, FLATTEN=config.flatten,
+            ROW_BOXES=row_boxes, WORD_BOXES=config.boxes,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return partials
-
-
-def _config(hidden: Tensor) -> HeadConfig:
-    return INTERPRETER_CONFIG if INTERPRETED else head_config(architecture(hidden.device), hidden.dtype)
 
 
 def _sizes(hidden: Tensor, head: Head) -> tuple[int | float, ...]:
@@ -174,7 +184,7 @@ def _head_flags(hidden: Tensor, rows: Tensor | None, head: Head) -> dict[str, bo
 
 
 def _splits(n_blocks: int, n_tiles: int, processors: int) -> int:
-    """Into how many splits the vocabulary is cut: what keeps every processor busy to the end with the fewest of them."""
+    """Into how many splits the vocabulary is cut: the fewest that keep every processor busy to the end."""
 
     def tiles_in_turn(splits: int) -> int:
         return triton.cdiv(n_blocks * splits, processors) * triton.cdiv(n_tiles, splits)

@@ -1,0 +1,229 @@
+"""Compiles every kernel in every configuration that can be picked, for GPUs that need not be here, and reads what the
+compiler says: registers, bytes spilled, and whether the matrix instructions of the chip are used.
+
+    python -m benchmarks.aot [--arch sm_90 ...] [--first]
+
+A line of JSON a kernel; ``--first`` stops at the first configuration of each kernel. The launchers run as they are, on
+tensors without memory (torch's "meta" device), under a driver that stands for the GPU: what is compiled is what is
+launched there.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends import DriverBase
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from lark_fast.kernels import dispatch, logits_triton, softmax_sums_triton, token_stats_triton
+from lark_fast.kernels.dispatch import HeadConfig
+from lark_fast.kernels.head import Head
+from lark_fast.kernels.softmax_sums import Wanted
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+MATRIX_INSTRUCTIONS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+T, V = 8192, 152064
+ALL, CHEAP = Wanted(), Wanted(brier=True, entropy=False, rank=False)
+
+
+class AbsentGPU(DriverBase):
+    """What Triton asks of a driver in order to compile."""
+
+    def __init__(self, arch: str) -> None:
+        self.arch = arch
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.arch]
+
+    def get_current_device(self) -> str:
+        return self.arch  # only ever a key of Triton's caches
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def get_benchmarker(self) -> Callable:
+        raise NotImplementedError
+
+
+@contextlib.contextmanager
+def compiling_for(arch: str) -> Iterator[list]:
+    """Launches compile for ``arch`` and do nothing else; the list fills with what was compiled."""
+    compiled = []
+
+    def compile_only(kernel: JITFunction, grid: tuple) -> Callable:
+        return lambda *args, **kwargs: compiled.append(kernel.run(*args, grid=grid, warmup=True, **kwargs))
+
+    launch = JITFunction.__getitem__
+    JITFunction.__getitem__ = compile_only
+    triton.runtime.driver.set_active(AbsentGPU(arch))
+    try:
+        yield compiled
+    finally:
+        JITFunction.__getitem__ = launch
+
+
+class Launch(NamedTuple):
+    kernel: str
+    configuration: str
+    start: Callable[[], object]
+    multiplies: bool = False  # half-precision matrices, so that the chip's matrix instructions are expected
+
+
+def launches(arch: str) -> Iterator[Launch]:
+    """All that can be picked on ``arch``."""
+    for config in dispatch.CONFIGS[arch]:
+        for dtype, D, wanted, rows, extras in (
+            (torch.bfloat16, 3584, ALL, False, False),
+            (torch.bfloat16, 896, CHEAP, True, False),
+            (torch.float16, 3584, ALL, True, True),
+        ):
+            yield fused(config, dtype, D, wanted, rows, extras)
+        yield fused_label(config, torch.bfloat16, 3584)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield fused(dispatch.PLAIN_CONFIG, dtype, 1001, ALL, True, True)
+        yield fused_label(dispatch.PLAIN_CONFIG, dtype, 1001)
+    for wanted in (ALL, CHEAP):
+        yield Launch(
+            "finish", f"{wanted}", lambda wanted=wanted: softmax_sums_triton.finish(empty(33, 5, T), empty(T), wanted)
+        )
+        for dtype in (torch.float32, torch.bfloat16):
+            yield from_logits(dtype, wanted)
+    yield chunk()
+
+
+def fused(config: HeadConfig, dtype: torch.dtype, D: int, wanted: Wanted, rows: bool, extras: bool) -> Launch:
+    return Launch(
+        "partial_sums",
+        f"{config} {dtype} D={D} {wanted} rows={rows} bias, cap, scale={extras}",
+        lambda: token_stats_triton.partial_sums(
+            empty(T, D, dtype=dtype), whole(T) if rows else None, head(dtype, D, extras), whole(T), empty(T), wanted,
+            config,
+        ),
+        dtype in dispatch.HALF,
+    )  # fmt: skip
+
+
+def fused_label(config: HeadConfig, dtype: torch.dtype, D: int) -> Launch:
+    return Launch(
+        "label_logits",
+        f"{config} {dtype} D={D}",
+        lambda: token_stats_triton.label_logits(
+            empty(T, D, dtype=dtype), None, head(dtype, D, False), whole(T), config
+        ),
+        dtype in dispatch.HALF,
+    )
+
+
+def from_logits(dtype: torch.dtype, wanted: Wanted) -> Launch:
+    return Launch(
+        "logits_sums",
+        f"{dtype} {wanted}",
+        lambda: logits_triton.partial_sums(empty(T, V, dtype=dtype), whole(T), wanted),
+    )
+
+
+def chunk() -> Launch:
+    words = head(torch.bfloat16, 64, True).columns(0, 1024)
+    return Launch(
+        "logits_sums",
+        "of a chunk",
+        lambda: logits_triton.partial_sums(
+            empty(T, 1024), whole(T), ALL, head=words, label_logit=empty(T), first_column=2048, out=empty(1, 5, T)
+        ),
+    )
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def whole(n: int) -> torch.Tensor:
+    return empty(n, dtype=torch.int64)
+
+
+def head(dtype: torch.dtype, D: int, extras: bool) -> Head:
+    weight = empty(V, D, dtype=dtype)
+    return Head(weight, empty(V, dtype=dtype), 30.0, 0.5) if extras else Head(weight)
+
+
+def report(arch: str, launch: Launch, kernel: Any) -> dict[str, Any]:
+    """What the compiler said of a compiled kernel."""
+    if arch.startswith("gfx"):
+        text = kernel.asm["amdgcn"]
+        registers, spilled = (int(re.search(rf"\.vgpr_{word}:\s*(\d+)", text)[1]) for word in ("count", "spill_count"))
+    else:
+        text = kernel.asm["ptx"]
+        registers, spilled = resources(kernel.asm["cubin"])
+    return {
+        "arch": arch,
+        "kernel": launch.kernel,
+        "configuration": launch.configuration,
+        "registers": registers,
+        "spilled_bytes": spilled,
+        "shared_bytes": kernel.metadata.shared,
+        "shared_limit": SHARED_BYTES[arch],
+        "multiplies": launch.multiplies,
+        "matrix_instructions": MATRIX_INSTRUCTIONS[arch] in text,
+    }
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and bytes of its stack, where spilled registers go."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        printed = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", printed.stdout)
+    return int(found[1]), int(found[2])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", action="append", choices=TARGETS, help="default: all")
+    parser.add_argument("--first", action="store_true", help="one configuration of each kernel")
+    arguments = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        sys.exit("TRITON_INTERPRET is set, so nothing would be compiled: unset it")
+    for arch in arguments.arch or TARGETS:
+        seen = set()
+        with compiling_for(arch) as compiled:
+            for launch in launches(arch):
+                if arguments.first and launch.kernel in seen:
+                    continue
+                seen.add(launch.kernel)
+                compiled.clear()
+                launch.start()
+                for kernel in compiled:
+                    print(json.dumps(report(arch, launch, kernel)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
