@@ -75,7 +75,7 @@ def _reduce(
     """Fields [n_rows], rows and nll_before [n_tokens] -> lengths [N], out [2, N_VALUES, N] and rsr [N]."""
     k = tl.program_id(0).to(tl.int64)
     # Wrong numbers in cu_seqlens or rows must not reach beyond the tensors: nobody could check them.
-    begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + k).to(tl.int64), 0), n_tokens)
+    begin = tl.maximum(tl.load(cu_seqlens + k).to(tl.int64), 0)
     end = tl.minimum(tl.load(cu_seqlens + k + 1).to(tl.int64), n_tokens)
     n = tl.maximum(end - begin, 0)
     nll_sum = tl.zeros([BLOCK], tl.float64)
