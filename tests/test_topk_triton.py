@@ -105,7 +105,7 @@ def test_many_groups_are_read_again_and_again(monkeypatch):
     assert_close(run(z, labels, 100), truth(z, labels, 100))
 
 
-@pytest.mark.parametrize("k", [1, 3, 50, 99, 100])
+@pytest.mark.parametrize("k", [1, 50, 100])
 def test_all_equal(k):
     z = torch.full((2, 100), 1.5)
     ours = run(z, torch.tensor([0, 99]), k)
@@ -113,12 +113,12 @@ def test_all_equal(k):
 
 
 def test_ties_at_the_kth_logit():
-    # Two words above 300 that tie, k = 5: a label among the tied ones counts as one of the five, wherever it stands;
-    # one a hair below does not.
+    # k = 5: two words above 300 that tie. A label among these counts as one of the five, wherever it stands; one a hair
+    # below them does not.
     z = normal(1, 900).clamp(max=0.5).expand(4, 900).clone()
     z[:, 300:600] = 2.0
     z[:, 7], z[:, 800] = 3.0, 2.5
-    z[3, 450] = math.nextafter(2.0, 0.0) - 1e-6
+    z[3, 450] = 2.0 - 2**-22
     labels = torch.tensor([300, 599, 800, 450])
     for ours in (run(z, labels, 5), run_cut(z, labels, 5, **SMALL)):
         assert_close(ours, truth(z, labels, 5))
@@ -174,8 +174,9 @@ def test_masked_words():
     assert run(z, torch.tensor([4]), 5).item() == 0
 
 
-@pytest.mark.parametrize("broken", [math.nan, -math.nan, math.inf])
-@pytest.mark.parametrize("place", [0, 150, 299])
+@pytest.mark.parametrize(
+    ("broken", "place"), [(math.nan, 0), (-math.nan, 299), (math.inf, 7), (math.nan, 150), (math.inf, 150)]
+)
 def test_broken_rows_stay_alone(broken, place):
     z = normal(3, 300)
     labels = torch.tensor([150, 150, 150])
