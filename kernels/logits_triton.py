@@ -43,7 +43,8 @@ def _logits_sums(
         own_bias = tl.load(bias + label, mask=known, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
         z_label = finish_logits(z_label, own_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_CAP)
         z_label = tl.where(known, z_label, float("nan"))
-        tl.store(label_logit + place, z_label, mask=exists & (split == 0))
+        if split == 0:
+            tl.store(label_logit + place, z_label, mask=exists)
     else:
         z_label = tl.load(label_logit + place, mask=exists, other=0.0)
     m = tl.full([ROWS], LOWEST, tl.float32)

@@ -115,7 +115,8 @@ def token_stats_from_logits(
     labels = labels.masked_fill(labels == ignore_index, -1)
     if dispatch.logits_form(impl, logits) == "torch":
         return token_stats_torch.from_logits(logits, labels, wanted, top_k)
-    return _from_logits_triton(logits, labels, wanted, top_k, None)
+    with torch.cuda.device_of(logits):
+        return _from_logits(_along_rows(logits), labels.contiguous(), wanted, top_k, None)
 
 
 def token_stats_naive(
@@ -179,45 +180,55 @@ def _statistics(
     """The statistics by one form; labels out of range give NaN."""
     if form == "torch":
         return token_stats_torch.statistics(hidden, rows, head, labels, wanted, top_k)
+    hidden, labels, rows = _along_rows(hidden), labels.contiguous(), None if rows is None else rows.contiguous()
+    bias = None if head.bias is None else head.bias.contiguous()
+    head = replace(head, weight=_along_rows(head.weight), bias=bias)
+    with torch.cuda.device_of(hidden):
+        if form == "fused" and top_k is None:
+            return _fused(hidden, rows, head, labels, wanted)
+        words = len(head.weight)
+        block_rows = CHUNKED_ROWS if top_k is None else max(128, TOPK_LOGITS_BYTES // (4 * words) // 128 * 128)
+        parts = []
+        for start in range(0, max(1, len(labels)), block_rows):
+            block = slice(start, start + block_rows)
+            part = hidden[block] if rows is None else hidden[rows[block]]
+            if top_k is None:
+                parts.append(_chunked(part, head, labels[block], wanted))
+            else:
+                logits = head_logits(part, head.weight)
+                parts.append(_from_logits(logits, labels[block], wanted, top_k, head))
+        return concatenate(parts)
+
+
+def _fused(hidden: Tensor, rows: Tensor | None, head: Head, labels: Tensor, wanted: Wanted) -> TokenStats:
+    from lark_fast.kernels import softmax_sums_triton, token_stats_triton
+
+    label_logit = token_stats_triton.label_logits(hidden, rows, head, labels)
+    partials = token_stats_triton.partial_sums(hidden, rows, head, labels, label_logit, wanted)
+    return softmax_sums_triton.finish(partials, label_logit, wanted)
+
+
+def _chunked(hidden: Tensor, head: Head, labels: Tensor, wanted: Wanted) -> TokenStats:
     from lark_fast.kernels import logits_triton, softmax_sums_triton, token_stats_triton
 
-    hidden, head = _contiguous(hidden), replace(head, weight=_contiguous(head.weight))
-    if form == "fused" and top_k is None:
-        label_logit = token_stats_triton.label_logits(hidden, rows, head, labels)
-        partials = token_stats_triton.partial_sums(hidden, rows, head, labels, label_logit, wanted)
-        return softmax_sums_triton.finish(partials, label_logit, wanted)
-    n_words = len(head.weight)
-    block_rows = CHUNKED_ROWS if top_k is None else max(128, TOPK_LOGITS_BYTES // (4 * n_words) // 128 * 128)
-    parts = []
-    for start in range(0, max(1, len(labels)), block_rows):
-        block = slice(start, start + block_rows)
-        part, label = hidden[block] if rows is None else hidden[rows[block]], labels[block]
-        if top_k is not None:
-            parts.append(_from_logits_triton(head_logits(part, head.weight), label, wanted, top_k, head))
-        else:
-            label_logit = token_stats_triton.label_logits(part, None, head, label)
-            partials = logits_triton.chunked_partial_sums(part, head, label, label_logit, wanted)
-            parts.append(softmax_sums_triton.finish(partials, label_logit, wanted))
-    return concatenate(parts)
+    label_logit = token_stats_triton.label_logits(hidden, None, head, labels)
+    partials = logits_triton.chunked_partial_sums(hidden, head, labels, label_logit, wanted)
+    return softmax_sums_triton.finish(partials, label_logit, wanted)
 
 
-def _from_logits_triton(
-    logits: Tensor, labels: Tensor, wanted: Wanted, top_k: int | None, head: Head | None
-) -> TokenStats:
+def _from_logits(logits: Tensor, labels: Tensor, wanted: Wanted, top_k: int | None, head: Head | None) -> TokenStats:
     """From logits ``[T, V]`` that still lack the bias, cap and scale of ``head``, if one is given."""
     from lark_fast.kernels import logits_triton, softmax_sums_triton
+    from lark_fast.kernels.topk_triton import brier_topk
 
-    logits = _contiguous(logits)
     stats = softmax_sums_triton.finish(*logits_triton.partial_sums(logits, labels, wanted, head=head), wanted)
     if top_k is None:
         return stats
-    from lark_fast.kernels.topk_triton import brier_topk
-
-    finish = {} if head is None else {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
-    return replace(stats, brier_topk=brier_topk(logits, labels, top_k, **finish))
+    rest = {} if head is None else {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
+    return replace(stats, brier_topk=brier_topk(logits, labels, top_k, **rest))
 
 
-def _contiguous(matrix: Tensor) -> Tensor:
+def _along_rows(matrix: Tensor) -> Tensor:
     """With a contiguous last axis, which is what the kernels read along."""
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
