@@ -3,7 +3,7 @@ compiler says: registers, bytes spilled, and whether the matrix instructions of 
 
     python -m benchmarks.aot [--arch sm_90 ...] [--first]
 
-A line of JSON a kernel; ``--first`` stops at the first configuration of each kernel. The launchers run as they are, on
+A line of JSON a kernel; ``--first`` stops at the first configuration of each operation. The launchers run as they are, on
 tensors without memory (torch's "meta" device), under a driver that stands for the GPU: what is compiled is what is
 launched there.
 """
@@ -25,7 +25,14 @@ from triton.backends import DriverBase
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from lark_fast.kernels import dispatch, logits_triton, softmax_sums_triton, token_stats_triton
+from lark_fast.kernels import (
+    dispatch,
+    logits_triton,
+    softmax_sums_triton,
+    token_stats_triton,
+    topk_triton,
+    trajectory_reduce_triton,
+)
 from lark_fast.kernels.dispatch import HeadConfig
 from lark_fast.kernels.head import Head
 from lark_fast.kernels.softmax_sums import Wanted
@@ -91,7 +98,7 @@ def compiling_for(arch: str) -> Iterator[list]:
 
 
 class Launch(NamedTuple):
-    kernel: str
+    operation: str
     configuration: str
     start: Callable[[], object]
     multiplies: bool = False  # half-precision matrices, so that the chip's matrix instructions are expected
@@ -117,6 +124,12 @@ def launches(arch: str) -> Iterator[Launch]:
         for dtype in (torch.float32, torch.bfloat16):
             yield from_logits(dtype, wanted)
     yield chunk()
+    for dtype in (torch.float32, torch.bfloat16):
+        # 50257 is no multiple of 16: its rows cannot be read in wide loads.
+        yield from (top_k(dtype, words, 50, False) for words in (V, 50257))
+    yield top_k(torch.float32, V, 50, True)
+    yield top_k(torch.float32, V, 1000, False)  # more than a program holds
+    yield from (reduction(extras) for extras in (True, False))
 
 
 def fused(config: HeadConfig, dtype: torch.dtype, D: int, wanted: Wanted, rows: bool, extras: bool) -> Launch:
@@ -161,6 +174,26 @@ def chunk() -> Launch:
     )
 
 
+def top_k(dtype: torch.dtype, words: int, k: int, extras: bool) -> Launch:
+    rest = {"bias": empty(words, dtype=torch.bfloat16), "softcap": 30.0, "logit_scale": 0.5} if extras else {}
+    return Launch(
+        "brier_topk",
+        f"{dtype} V={words} k={k} bias, cap, scale={extras}",
+        lambda: topk_triton.brier_topk(empty(T, words, dtype=dtype), whole(T), k, **rest),
+    )
+
+
+def reduction(extras: bool) -> Launch:
+    fields = [empty(T), *((empty(T), empty(T), whole(T)) if extras else (None,) * 3), empty(T, dtype=torch.bool)]
+    fields.append(empty(T) if extras else None)
+    rest = (whole(T), empty(T)) if extras else (None, None)
+    return Launch(
+        "trajectory_reduce",
+        f"all fields, rows, nll_before={extras}",
+        lambda: trajectory_reduce_triton.reduce_on_device(fields, whole(65), *rest, 100),
+    )
+
+
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -184,7 +217,8 @@ def report(arch: str, launch: Launch, kernel: Any) -> dict[str, Any]:
         registers, spilled = resources(kernel.asm["cubin"])
     return {
         "arch": arch,
-        "kernel": launch.kernel,
+        "operation": launch.operation,
+        "kernel": kernel.metadata.name,
         "configuration": launch.configuration,
         "registers": registers,
         "spilled_bytes": spilled,
@@ -208,7 +242,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", action="append", choices=TARGETS, help="default: all")
-    parser.add_argument("--first", action="store_true", help="one configuration of each kernel")
+    parser.add_argument("--first", action="store_true", help="one configuration of each operation")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set, so nothing would be compiled: unset it")
@@ -216,12 +250,12 @@ def main() -> None:
         seen = set()
         with compiling_for(arch) as compiled:
             for launch in launches(arch):
-                if arguments.first and launch.kernel in seen:
+                if arguments.first and launch.operation in seen:
                     continue
-                seen.add(launch.kernel)
+                seen.add(launch.operation)
                 compiled.clear()
                 launch.start()
-                for kernel in compiled:
+                for kernel in {id(kernel): kernel for kernel in compiled}.values():
                     print(json.dumps(report(arch, launch, kernel)), flush=True)
 
 
