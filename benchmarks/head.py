@@ -175,11 +175,12 @@ def reference_peer(hidden: Tensor, weight: Tensor, labels: Tensor, top_k: int | 
 def nll_peers(hidden: Tensor, weight: Tensor, labels: Tensor) -> Mapping[str, Run]:
     """Linear cross entropies, forward only; those that need CUDA are among them where it is."""
     peers = {}
-    if hasattr(F, "linear_cross_entropy"):  # since torch 2.13; the one in chunks also makes gradients
+    if hasattr(F, "linear_cross_entropy"):  # since torch 2.13
         torch_loss = partial(F.linear_cross_entropy, hidden, weight, labels, reduction="none")
-        in_pieces = torch.nn.LinearCrossEntropyOptions()
         peers["torch's linear_cross_entropy (nll only)"] = torch_loss
-        peers["the same in chunks (nll only)"] = lambda: torch_loss(options=in_pieces)
+        if CUDA:  # it makes the gradients too, which takes a CPU ten times as long
+            options = torch.nn.LinearCrossEntropyOptions()
+            peers["torch's linear_cross_entropy in chunks (nll only)"] = partial(torch_loss, options=options)
     else:
         note_missing("torch's linear_cross_entropy (torch 2.13 has it)")
     if liger := optional_peer("liger_kernel.transformers.fused_linear_cross_entropy", needs_cuda=True):

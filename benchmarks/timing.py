@@ -1,5 +1,6 @@
 """Times, memory and registers of a run, as the device itself tells them."""
 
+import ctypes
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,19 +12,17 @@ import torch
 from benchmarks.comparison import DEVICE, Run
 
 CUDA = DEVICE.type == "cuda"
-MIN_ROUNDS, MAX_ROUNDS = 5, 30
+MIN_ROUNDS, MAX_ROUNDS = (8, 30) if CUDA else (3, 30)
 
 
 def take_turns(runs: Mapping[str, Run], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of every round of every run, all of them in turn in each round, after a warm-up round.
+    """Milliseconds of every round of every run, all of them in turn in each round, after a round that warms up.
 
     Args:
-        runs: by name.
+        runs: by name; those that compile have run before.
         seconds: that the rounds may take together, where that leaves MIN_ROUNDS.
     """
     clock = _cuda_clock() if CUDA else _cpu_milliseconds
-    for run in runs.values():  # what compiles does it here
-        run()
     started = time.perf_counter()
     for run in runs.values():
         clock(run)
@@ -73,7 +72,10 @@ def extra_memory_mib(run: Run) -> float | None:
     peak = Path("/proc/self/clear_refs")
     if not peak.exists():
         return None
-    # Not ru_maxrss: Linux starts a child's at its parent's peak, and making the operands has a peak of its own.
+    # What the allocator keeps of earlier runs would hide this one's memory. Not ru_maxrss: Linux starts a child's at
+    # its parent's peak, and making the operands has a peak of its own.
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
     peak.write_text("5")
     before = _resident_mib("VmRSS")
     run()
