@@ -12,7 +12,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 benchmarks: $(VENV)/.installed
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m pytest benchmarks $(ARGS)
 
 aot: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.aot

@@ -21,7 +21,7 @@ ERRORS = ("error", "largest_error", "confident_error")
 # Of floats: (in roundings of the largest logit, which move a probability by as much; of float32 sums). The second is
 # relative to the largest value where the error is absolute.
 ROUNDING = 2.0**-24
-FLOORS = {"error": (1.0, 2e-6), "largest_error": (4.0, 4e-6), "confident_error": (4.0, 1e-5)}
+FLOORS = {"error": (2.0, 2e-6), "largest_error": (8.0, 4e-6), "confident_error": (8.0, 1e-5)}
 # Two logits closer than float32 can tell may swap: a place or two in a thousand, and agreement in one of a hundred.
 RANK_FLOORS = {"error": 1e-3, "largest_error": 2.0, "confident_error": 0.0}
 AGREEMENT_FLOORS = {"error": 0.1, "largest_error": 1.0, "confident_error": 0.0}

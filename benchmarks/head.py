@@ -65,13 +65,13 @@ def inputs(T: int, D: int, V: int, dtype: torch.dtype, g: torch.Generator, logit
     labels = torch.randint(0, V, (T,), generator=g, device=DEVICE)
     if logits == "flat":
         return (hidden * 0.03).to(dtype), weight, labels
-    kind = torch.arange(T, device=DEVICE) % 3
+    kind = torch.randint(0, 3, (T,), generator=g, device=DEVICE)
     hidden *= torch.where(kind == 2, 40.0, 3.0).unsqueeze(1)
     own = weight[labels].float()
     stand_out = 10.0 + 190.0 * torch.rand(T, generator=g, device=DEVICE) ** 3  # most of them near the others
     stand_out = torch.where(kind == 1, stand_out / own.square().sum(1), 0.0)
     hidden = (hidden + stand_out.unsqueeze(1) * own).to(dtype)
-    labels[2::3] = (hidden[2::3] @ weight.T).argmax(1)
+    labels[kind == 2] = (hidden[kind == 2] @ weight.T).argmax(1)
     return hidden, weight, labels
 
 

@@ -9,7 +9,6 @@ measure nothing, ``--fingerprint`` prints the kernels' fingerprints, ``--tune`` 
 """
 
 import argparse
-import importlib
 import json
 import os
 import platform
@@ -32,7 +31,7 @@ import torch
 
 from benchmarks import baselines, correctness, head, timing, trajectories
 from benchmarks.comparison import DEVICE, Workload, missing_peers, note_missing
-from benchmarks.fingerprint import KERNELS, fingerprints
+from benchmarks.fingerprint import fingerprints
 
 SECONDS = 8.0  # of the rounds of one workload
 VERSIONS = ("torch", "triton", "liger_kernel", "cut_cross_entropy")
@@ -57,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         if _kept(name, options.only):
             torch.compiler.reset()  # it gives up on a function that it has compiled for eight shapes
             _time(record, build(), wrong, options.tiny)
-            record["kernels"] = timing.compiled_kernels(_kernel_modules())
+            record["kernels"] = timing.compiled_kernels()
             record["missing_peers"] = list(missing_peers)
             _write(options.out, record)
             torch.cuda.empty_cache()
@@ -193,12 +192,6 @@ def _problem(run: Callable[[], object]) -> str | None:
 
 def _kept(name: str, only: list[str]) -> bool:
     return not only or any(part in name for part in only)
-
-
-def _kernel_modules() -> list:
-    """Those with Triton kernels that have been imported here."""
-    names = [f"lark_fast.kernels.{path.stem}" for path in sorted(KERNELS.glob("*_triton.py"))]
-    return [importlib.import_module(name) for name in names if name in sys.modules]
 
 
 def _write(out: Path, record: dict) -> None:

@@ -1,15 +1,16 @@
 """Times, memory and registers of a run, as the device itself tells them."""
 
 import ctypes
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from benchmarks.comparison import DEVICE, Run
+from benchmarks.fingerprint import KERNELS
 
 CUDA = DEVICE.type == "cuda"
 MIN_ROUNDS, MAX_ROUNDS = (8, 30) if CUDA else (3, 30)
@@ -87,11 +88,12 @@ def _resident_mib(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-def compiled_kernels(modules: list[ModuleType]) -> list[dict]:
-    """Registers, spills and shared memory of every Triton kernel of these modules that has run in this process."""
+def compiled_kernels() -> list[dict]:
+    """Registers, spills and shared memory of every Triton kernel of ours that has run in this process."""
     entries = []
-    for module in modules:
-        for function in vars(module).values():
+    for path in sorted(KERNELS.glob("*_triton.py")):
+        module = sys.modules.get(f"lark_fast.kernels.{path.stem}")
+        for function in vars(module).values() if module else ():
             if getattr(function, "__module__", None) == module.__name__:
                 entries += map(_compiled, _variants(function))
     return entries
@@ -110,8 +112,8 @@ def _compiled(kernel: Any) -> dict:
     constants = {names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
     return {
         "name": kernel.name,
-        "registers": kernel.n_regs,
-        "spills": kernel.n_spills,
+        "registers": getattr(kernel, "n_regs", None),  # None: it takes more than this GPU has, and did not run
+        "spills": getattr(kernel, "n_spills", None),
         "shared_bytes": kernel.metadata.shared,
         "num_warps": kernel.metadata.num_warps,
         "num_stages": kernel.metadata.num_stages,

@@ -30,6 +30,8 @@ def tune(tiny: bool) -> int:
     print(f"{device_name()}; {versions()}")
     for shape in [(33, 48, 257, torch.bfloat16)] if tiny else head.SHAPES:
         _tune(*shape)
+    for kernel in timing.compiled_kernels():
+        print(kernel)
     return 0
 
 
