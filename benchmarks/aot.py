@@ -3,8 +3,8 @@ compiler says: registers, bytes spilled, and whether the matrix instructions of 
 
     python -m benchmarks.aot [--arch sm_90 ...] [--first]
 
-A line of JSON a kernel; ``--first`` stops at the first configuration of each operation. The launchers run as they are, on
-tensors without memory (torch's "meta" device), under a driver that stands for the GPU: what is compiled is what is
+A line of JSON a kernel; ``--first`` stops at the first configuration of each operation. The launchers run as they are,
+on tensors without memory (torch's "meta" device), under a driver that stands for the GPU: what is compiled is what is
 launched there.
 """
 

@@ -106,8 +106,11 @@ def partial_sums(
     return out, label_logit
 
 
-def chunked_partial_sums(hidden: Tensor, head: Head, labels: Tensor, label_logit: Tensor, wanted: Wanted) -> Tensor:
+def chunked_partial_sums(
+    hidden: Tensor, rows: Tensor | None, head: Head, labels: Tensor, label_logit: Tensor, wanted: Wanted
+) -> Tensor:
     """``token_stats_triton.partial_sums`` by the library's own matrix product, a chunk of words at a time."""
+    hidden = hidden if rows is None else hidden[rows]
     n_words = len(head.weight)
     words = max(MIN_CHUNK_WORDS, CHUNK_BYTES // (4 * max(1, len(hidden))) // COLUMNS * COLUMNS)
     starts = range(0, n_words, words)

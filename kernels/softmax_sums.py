@@ -28,7 +28,6 @@ a tile of columns, a block of them, or another rank's share of the vocabulary. T
 what follows; softmax_sums_triton.py has the same as kernels.
 """
 
-import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -88,24 +87,25 @@ def concatenate(parts: Sequence[TokenStats]) -> TokenStats:
     return TokenStats(**{name: None if column[0] is None else torch.cat(column) for name, column in columns.items()})
 
 
-def merge(whole: Tensor, part: Tensor) -> Tensor:
-    """Sums ``[5, T]`` over two parts of the same rows -> the sums over both ``[5, T]``."""
-    m = torch.maximum(whole[0], part[0])
-    a, b = move(whole, m), move(part, m)
-    return torch.cat([m.unsqueeze(0), a[1:] + b[1:]])
+def merge(partials: Tensor) -> Tensor:
+    """Partial sums ``[splits, 5, T]``, at least one split -> the sums over all of them ``[5, T]``."""
+    if len(partials) == 1:
+        return partials[0]
+    m = partials[:, 0].amax(0)
+    return torch.cat([m.unsqueeze(0), move(partials, m)[:, 1:].sum(0)])
 
 
 def move(sums: Tensor, m: Tensor) -> Tensor:
-    """Sums ``[5, T]`` relative to another maximum ``m`` [T]."""
-    old_m, s1, s2, sz, count = sums
+    """Sums ``[..., 5, T]`` relative to another maximum ``m`` [T]."""
+    old_m, s1, s2, sz, count = sums.unbind(-2)
     shift = old_m - m
     scale = shift.exp()
-    return torch.stack([m, s1 * scale, s2 * scale * scale, (sz + shift * s1) * scale, count])
+    return torch.stack([m.expand_as(s1), s1 * scale, s2 * scale * scale, (sz + shift * s1) * scale, count], -2)
 
 
 def finish(partials: Tensor, label_logit: Tensor, wanted: Wanted) -> TokenStats:
     """Statistics of rows with partial sums ``[splits, 5, T]``, at least one split, and the label's logit ``[T]``."""
-    sums = functools.reduce(merge, partials)
+    sums = merge(partials)
     agreement = label_logit >= sums[0]
     m, s1, s2, sz, count = move(sums, torch.maximum(sums[0], label_logit))
     x = label_logit - m

@@ -10,13 +10,14 @@ head.py. Three forms give the same numbers (dispatch.py picks one):
 ``token_stats_naive`` is the plain definition, the truth of tests and benchmarks.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lark_fast.kernels import dispatch, token_stats_torch
+from lark_fast.kernels import dispatch, softmax_sums, token_stats_torch
 from lark_fast.kernels.head import Head, head_logits
 from lark_fast.kernels.softmax_sums import STATISTICS, TokenStats, Wanted, concatenate
 
@@ -68,16 +69,17 @@ def token_stats(
         ValueError: shapes or devices that do not fit, a label outside [0, V), a row outside [0, N), ``top_k`` below 1,
             an unknown statistic or ``impl``, or one that cannot run here.
     """
-    _check(hidden, weight, labels, rows, bias, top_k, ignore_index)
+    check_operands(hidden, weight, labels, rows, bias, len(weight), ignore_index)
+    check_top_k(top_k)
     head, wanted = Head(weight, bias, softcap, logit_scale), Wanted.of(statistics)
-    form = dispatch.head_form(impl, hidden, weight)
+    name = dispatch.head_form(impl, hidden, weight)
     if rows is not None and hidden.is_cuda:
-        return _statistics(form, hidden, rows, head, labels, wanted, top_k)
+        return _statistics(name, hidden, rows, head, labels, wanted, top_k)
     scored = (labels != ignore_index).nonzero().squeeze(1)
     if len(scored) == len(labels):
-        return _statistics(form, hidden, rows, head, labels, wanted, top_k)
+        return _statistics(name, hidden, rows, head, labels, wanted, top_k)
     own_rows = scored if rows is None else rows[scored]
-    return _spread(_statistics(form, hidden, own_rows, head, labels[scored], wanted, top_k), scored, len(labels))
+    return _spread(_statistics(name, hidden, own_rows, head, labels[scored], wanted, top_k), scored, len(labels))
 
 
 def token_stats_from_logits(
@@ -107,9 +109,9 @@ def token_stats_from_logits(
         raise ValueError(
             f"logits [T, V] and labels [T] are expected, not {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
-    _check_top_k(top_k)
+    check_top_k(top_k)
     if not logits.is_cuda:
-        _check_range("label", labels, logits.shape[1], ignore_index)
+        check_range("label", labels, logits.shape[1], ignore_index)
     wanted = Wanted.of(statistics)
     # A label that is ignored is out of range too, unless somebody chose a word as the mark.
     labels = labels.masked_fill(labels == ignore_index, -1)
@@ -133,7 +135,8 @@ def token_stats_naive(
     ignore_index: int = IGNORE_INDEX,
 ) -> TokenStats:
     """The definition, word for word, with every logit in float64; arguments and result as ``token_stats``."""
-    _check(hidden, weight, labels, rows, bias, top_k, ignore_index)
+    check_operands(hidden, weight, labels, rows, bias, len(weight), ignore_index)
+    check_top_k(top_k)
     hidden = hidden if rows is None else hidden[rows]
     z = head_logits(hidden.double(), weight.double(), bias, softcap, logit_scale)
     return token_stats_from_logits_naive(z, labels, top_k=top_k, statistics=statistics, ignore_index=ignore_index)
@@ -174,46 +177,58 @@ def token_stats_from_logits_naive(
     )
 
 
-def _statistics(
-    form: str, hidden: Tensor, rows: Tensor | None, head: Head, labels: Tensor, wanted: Wanted, top_k: int | None
-) -> TokenStats:
-    """The statistics by one form; labels out of range give NaN."""
-    if form == "torch":
-        return token_stats_torch.statistics(hidden, rows, head, labels, wanted, top_k)
-    hidden, labels, rows = _along_rows(hidden), labels.contiguous(), None if rows is None else rows.contiguous()
-    bias = None if head.bias is None else head.bias.contiguous()
-    head = replace(head, weight=_along_rows(head.weight), bias=bias)
-    with torch.cuda.device_of(hidden):
-        if form == "fused" and top_k is None:
-            return _fused(hidden, rows, head, labels, wanted)
-        words = len(head.weight)
-        block_rows = CHUNKED_ROWS if top_k is None else max(128, TOPK_LOGITS_BYTES // (4 * words) // 128 * 128)
-        parts = []
-        for start in range(0, max(1, len(labels)), block_rows):
-            block = slice(start, start + block_rows)
-            part = hidden[block] if rows is None else hidden[rows[block]]
-            if top_k is None:
-                parts.append(_chunked(part, head, labels[block], wanted))
-            else:
-                logits = head_logits(part, head.weight)
-                parts.append(_from_logits(logits, labels[block], wanted, top_k, head))
-        return concatenate(parts)
+class Form(NamedTuple):
+    """The steps of a form of the head; on a GPU, hidden and weight ``[*, D]`` have a contiguous last axis."""
+
+    label_logits: Callable[..., Tensor]  # (hidden, rows, head, labels) -> [T]
+    partial_sums: Callable[..., Tensor]  # (hidden, rows, head, labels, label_logit, wanted) -> [splits, 5, T]
+    finish: Callable[..., TokenStats]  # (partials, label_logit, wanted)
 
 
-def _fused(hidden: Tensor, rows: Tensor | None, head: Head, labels: Tensor, wanted: Wanted) -> TokenStats:
-    from lark_fast.kernels import softmax_sums_triton, token_stats_triton
-
-    label_logit = token_stats_triton.label_logits(hidden, rows, head, labels)
-    partials = token_stats_triton.partial_sums(hidden, rows, head, labels, label_logit, wanted)
-    return softmax_sums_triton.finish(partials, label_logit, wanted)
-
-
-def _chunked(hidden: Tensor, head: Head, labels: Tensor, wanted: Wanted) -> TokenStats:
+def form(name: str) -> Form:
+    """By name out of ``dispatch.FORMS``."""
+    if name == "torch":
+        return Form(token_stats_torch.label_logits, token_stats_torch.partial_sums, softmax_sums.finish)
     from lark_fast.kernels import logits_triton, softmax_sums_triton, token_stats_triton
 
-    label_logit = token_stats_triton.label_logits(hidden, None, head, labels)
-    partials = logits_triton.chunked_partial_sums(hidden, head, labels, label_logit, wanted)
-    return softmax_sums_triton.finish(partials, label_logit, wanted)
+    sums = token_stats_triton.partial_sums if name == "fused" else logits_triton.chunked_partial_sums
+    return Form(token_stats_triton.label_logits, sums, softmax_sums_triton.finish)
+
+
+def _statistics(
+    name: str, hidden: Tensor, rows: Tensor | None, head: Head, labels: Tensor, wanted: Wanted, top_k: int | None
+) -> TokenStats:
+    """The statistics by the form of that name; labels out of range give NaN."""
+    if name == "torch":
+        return token_stats_torch.statistics(hidden, rows, head, labels, wanted, top_k)
+    hidden, rows, head, labels = for_kernels(hidden, rows, head, labels)
+    if top_k is not None:
+        block_rows = max(128, TOPK_LOGITS_BYTES // (4 * len(head.weight)) // 128 * 128)
+    else:
+        block_rows = CHUNKED_ROWS if name == "chunked" else max(1, len(labels))
+    parts = []
+    with torch.cuda.device_of(hidden):
+        for start in range(0, max(1, len(labels)), block_rows):
+            block = slice(start, start + block_rows)
+            part, some = (hidden[block], None) if rows is None else (hidden, rows[block])
+            if top_k is None:
+                label_logits, partial_sums, finish = form(name)
+                label_logit = label_logits(part, some, head, labels[block])
+                partials = partial_sums(part, some, head, labels[block], label_logit, wanted)
+                parts.append(finish(partials, label_logit, wanted))
+            else:
+                logits = head_logits(part if some is None else part[some], head.weight)
+                parts.append(_from_logits(logits, labels[block], wanted, top_k, head))
+    return concatenate(parts)
+
+
+def for_kernels(
+    hidden: Tensor, rows: Tensor | None, head: Head, labels: Tensor
+) -> tuple[Tensor, Tensor | None, Head, Tensor]:
+    """The operands with the strides that kernels take; only what has others is copied."""
+    bias = None if head.bias is None else head.bias.contiguous()
+    head = replace(head, weight=_along_rows(head.weight), bias=bias)
+    return _along_rows(hidden), None if rows is None else rows.contiguous(), head, labels.contiguous()
 
 
 def _from_logits(logits: Tensor, labels: Tensor, wanted: Wanted, top_k: int | None, head: Head | None) -> TokenStats:
@@ -243,15 +258,16 @@ def _spread(stats: TokenStats, places: Tensor, n: int) -> TokenStats:
     return stats.map(spread)
 
 
-def _check(
+def check_operands(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     rows: Tensor | None,
     bias: Tensor | None,
-    top_k: int | None,
+    n_words: int,
     ignore_index: int,
 ) -> None:
+    """Raises ValueError where shapes or devices do not fit, and for values out of range where looking costs no wait."""
     if hidden.ndim != 2 or weight.ndim != 2 or labels.ndim != 1:
         raise ValueError(
             f"hidden [N, D], weight [V, D] and labels [T] are expected, not {tuple(hidden.shape)}, "
@@ -268,15 +284,15 @@ def _check(
     others = (weight, labels, rows, bias)
     if any(tensor is not None and tensor.device != hidden.device for tensor in others):
         raise ValueError(f"hidden is on {hidden.device}, and weight, labels, rows or bias is not")
-    _check_top_k(top_k)
     if hidden.is_cuda and rows is not None:
         return
-    _check_range("label", labels, weight.shape[0], ignore_index)
+    check_range("label", labels, n_words, ignore_index)
     if rows is not None:
-        _check_range("row", rows, hidden.shape[0], None)
+        check_range("row", rows, hidden.shape[0], None)
 
 
-def _check_range(name: str, values: Tensor, end: int, ignored: int | None) -> None:
+def check_range(name: str, values: Tensor, end: int, ignored: int | None) -> None:
+    """Raises ValueError where a value that is not ``ignored`` is outside [0, end)."""
     outside = (values < 0) | (values >= end)
     if ignored is not None:
         outside &= values != ignored
@@ -284,6 +300,7 @@ def _check_range(name: str, values: Tensor, end: int, ignored: int | None) -> No
         raise ValueError(f"{name} {values[outside][0].item()} is outside [0, {end})")
 
 
-def _check_top_k(top_k: int | None) -> None:
+def check_top_k(top_k: int | None) -> None:
+    """Raises ValueError where ``top_k`` is below 1."""
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k}: at least 1")

@@ -1,0 +1,70 @@
+"""``token_stats`` where the output embedding is cut by words over the ranks of a process group (vocabulary-parallel).
+
+Every rank holds the same hidden states and its own words. The rank that has a label's word tells its logit to all; then
+each takes its words into the sums of softmax_sums.py, and what travels is six numbers a token, whatever V is. All ranks
+merge the same numbers in the same order, so all hold the same bits.
+"""
+
+import itertools
+from collections.abc import Collection
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lark_fast.kernels import dispatch
+from lark_fast.kernels.head import Head
+from lark_fast.kernels.softmax_sums import STATISTICS, TokenStats, Wanted, merge
+from lark_fast.kernels.token_stats import IGNORE_INDEX, check_operands, for_kernels, form
+
+
+def token_stats_vocab_parallel(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    statistics: Collection[str] = STATISTICS,
+    ignore_index: int = IGNORE_INDEX,
+    impl: str = "auto",
+) -> TokenStats:
+    """The statistics of ``token_stats`` for a weight whose words are spread over ranks, in their order.
+
+    Called by every rank of the group with the same ``hidden``, ``labels`` and ``rows``; all get the whole result.
+
+    Args:
+        hidden: ``[N, D]``.
+        weight: ``[V_r, D]``, the words of this rank; ranks may hold different numbers of them, at least one each.
+        labels: ``[T]`` int64 in [0, sum of V_r), or ``ignore_index``, which gives NaN.
+        group: the process group; None: the default one.
+        rows: as in ``token_stats``.
+        bias: ``[V_r]``, of this rank's words.
+        softcap, logit_scale, statistics, ignore_index, impl: as in ``token_stats``.
+
+    Raises:
+        ValueError: as ``token_stats``.
+    """
+    sizes = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=hidden.device)
+    dist.all_gather_into_tensor(sizes, sizes.new_tensor([len(weight)]), group=group)
+    ends = list(itertools.accumulate(sizes.tolist(), initial=0))
+    check_operands(hidden, weight, labels, rows, bias, ends[-1], ignore_index)
+    wanted = Wanted.of(statistics)
+    label_logits, partial_sums, finish = form(name := dispatch.head_form(impl, hidden, weight))
+    known = (labels >= 0) & (labels < ends[-1]) & (labels != ignore_index)
+    own_labels = labels - ends[dist.get_rank(group)]  # out of [0, V_r) where the word is another's
+    head = Head(weight, bias, softcap, logit_scale)
+    if name != "torch":
+        hidden, rows, head, own_labels = for_kernels(hidden, rows, head, own_labels)
+    with torch.cuda.device_of(hidden):
+        here = (own_labels >= 0) & (own_labels < len(weight))
+        label_logit = label_logits(hidden, rows, head, own_labels).masked_fill(~here, 0.0)
+        dist.all_reduce(label_logit, group=group)
+        label_logit.masked_fill_(~known, float("nan"))
+        own = merge(partial_sums(hidden, rows, head, own_labels, label_logit, wanted))
+        partials = own.new_empty(len(sizes) * own.shape[0], own.shape[1])
+        dist.all_gather_into_tensor(partials, own.contiguous(), group=group)
+        return finish(partials.unflatten(0, (len(sizes), -1)), label_logit, wanted)
