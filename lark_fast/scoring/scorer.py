@@ -4,7 +4,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lark_fast.errors import RejectError
 from lark_fast.kernels.token_stats import IGNORE_INDEX, TokenStats, token_stats
+from lark_fast.kernels.trajectory_reduce import TrajectoryReduction, trajectory_reduce
 from lark_fast.packing import length_batches, window_tokens
 from lark_fast.pool.records import Record, normalise
 from lark_fast.rendering.renderer import Rendered, Renderer, RenderOptions
@@ -163,8 +164,10 @@ class Scorer:
             raise ValueError("input_ids and labels differ in shape")
         if any(token < 0 or token >= self.student.vocab_size for row in ids for token in row):
             raise ValueError(f"a token id is outside the student's vocabulary of {self.student.vocab_size}")
-        stats = self._token_stats([(row, [IGNORE_INDEX, *mark[1:]]) for row, mark in zip(ids, marks, strict=True)])
-        return stats[0] if single else stats
+        if any(mark != IGNORE_INDEX and not 0 <= mark < self.student.vocab_size for row in marks for mark in row):
+            raise ValueError(f"a label is neither {IGNORE_INDEX} nor a word of the student's {self.student.vocab_size}")
+        scored = self._score([(row, [IGNORE_INDEX, *mark[1:]]) for row, mark in zip(ids, marks, strict=True)])
+        return scored[0].tokens if single else [item.tokens for item in scored]
 
     def score_rendered(
         self, rendered: Sequence[Rendered], on_batch: Callable[[float], None] | None = None
@@ -177,27 +180,35 @@ class Scorer:
         first = {digest: index for index, digest in reversed(list(enumerate(hashes)))}
         unique = sorted(first.values())
         sequences = [(rendered[index].input_ids, rendered[index].labels) for index in unique]
-        scored = dict(zip(unique, self._token_stats(sequences, on_batch), strict=True))
+        scored = dict(zip(unique, self._score(sequences, on_batch), strict=True))
         return [
-            trajectory_stats(scored[first[digest]], item, digest) for digest, item in zip(hashes, rendered, strict=True)
+            TrajectoryStats(
+                n_input_tokens=len(item.input_ids),
+                truncated=item.truncated,
+                token_hash=digest,
+                n_tokens=len(scored[first[digest]].tokens.nll),
+                tokens=scored[first[digest]].tokens,
+                **scored[first[digest]].means,
+            )
+            for digest, item in zip(hashes, rendered, strict=True)
         ]
 
     @torch.no_grad()
-    def _token_stats(
+    def _score(
         self,
         sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
         on_batch: Callable[[float], None] | None = None,
-    ) -> list[TokenStats]:
+    ) -> list["_Scored"]:
         """Statistics of the scored positions of each (input_ids, labels), on the CPU."""
-        results: list[TokenStats | None] = [None] * len(sequences)
+        results: list[_Scored | None] = [None] * len(sequences)
         lengths = [len(ids) for ids, _ in sequences]
         done, total = 0, sum(lengths)
         was_training = self.student.model.training
         self.student.model.eval()
         try:
             for batch in length_batches(lengths, self.tokens_per_batch):
-                for index, stats in zip(batch, self._forward([sequences[i] for i in batch]), strict=True):
-                    results[index] = stats
+                for index, scored in zip(batch, self._forward([sequences[i] for i in batch]), strict=True):
+                    results[index] = scored
                 done += sum(lengths[index] for index in batch)
                 if on_batch is not None:
                     on_batch(done / total)
@@ -205,7 +216,7 @@ class Scorer:
             self.student.model.train(was_training)
         return results
 
-    def _forward(self, batch: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[TokenStats]:
+    def _forward(self, batch: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list["_Scored"]:
         """One padded forward pass; prompts and padding never reach the head."""
         longest = max(1, *(len(ids) for ids, _ in batch))
         ids = np.zeros((len(batch), longest), dtype=np.int64)
@@ -213,40 +224,52 @@ class Scorer:
         for row, (tokens, marks) in enumerate(batch):
             ids[row, : len(tokens)] = tokens
             labels[row, : len(marks) - 1] = marks[1:]  # position t predicts token t + 1
-        device = self.student.device
-        scored = torch.from_numpy(labels != IGNORE_INDEX)
-        hidden = self.student.hidden(torch.from_numpy(ids).to(device))[scored.to(device)]
+        scored = labels != IGNORE_INDEX
+        cu_seqlens = np.concatenate([[0], scored.sum(1).cumsum()])
+        hidden = self.student.hidden(torch.from_numpy(ids).to(self.student.device)).flatten(0, 1)
+        rows, targets, bounds = (
+            torch.from_numpy(array).to(hidden.device) for array in (np.flatnonzero(scored), labels[scored], cu_seqlens)
+        )
         head = self.student.head
         stats = token_stats(
             hidden,
             head.weight,
-            torch.from_numpy(labels)[scored].to(hidden.device),
+            targets,
+            rows=rows,
             bias=head.bias,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
             top_k=self.top_k,
         )
-        return _split(stats, scored.sum(1).tolist())
+        return _split(stats, trajectory_reduce(stats, bounds, max_rank=MAX_RANK), cu_seqlens)
 
 
-def trajectory_stats(tokens: TokenStats, rendered: Rendered, digest: bytes) -> TrajectoryStats:
-    """Means over a trajectory's tokens, summed in float64 (SPEC: nll, brier, entropy, rank_mean, rsr)."""
-    n = len(tokens.nll)
-    nll_sum = float(tokens.nll.double().sum())
-    rank_sum = float(tokens.rank.clamp(max=MAX_RANK).sum())
-    return TrajectoryStats(
-        n_tokens=n,
-        n_input_tokens=len(rendered.input_ids),
-        truncated=rendered.truncated,
-        nll=nll_sum / n,
-        brier=float(tokens.brier.double().mean()),
-        brier_topk=None if tokens.brier_topk is None else float(tokens.brier_topk.double().mean()),
-        entropy=float(tokens.entropy.double().mean()),
-        rank_mean=rank_sum / n,
-        rsr=rank_sum / max(nll_sum, 1e-12),
-        tokens=tokens,
-        token_hash=digest,
-    )
+class _Scored(NamedTuple):
+    """One trajectory: its tokens' statistics, on the CPU, and those fields of ``TrajectoryStats`` that they make."""
+
+    tokens: TokenStats
+    means: dict[str, float | None]
+
+
+def _split(stats: TokenStats, reduction: TrajectoryReduction, cu_seqlens: np.ndarray) -> list[_Scored]:
+    """Cut the statistics of a batch into those of its trajectories."""
+    stats, means = stats.map(Tensor.cpu), reduction.means
+    columns = {
+        "nll": means.nll,
+        "brier": means.brier,
+        "brier_topk": means.brier_topk,
+        "entropy": means.entropy,
+        "rank_mean": means.rank,
+        "rsr": reduction.rsr,
+    }
+    numbers = {name: None if column is None else column.tolist() for name, column in columns.items()}
+    return [
+        _Scored(
+            stats.map(lambda values, a=start, b=end: values[a:b]),
+            {name: None if column is None else column[row] for name, column in numbers.items()},
+        )
+        for row, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist()))
+    ]
 
 
 def token_hash(rendered: Rendered) -> bytes:
@@ -265,13 +288,6 @@ def _named(record: Record, stats: TrajectoryStats) -> TrajectoryScore:
         rho=stats.rho,
         **{name: getattr(stats, name) for name in shared},
     )
-
-
-def _split(stats: TokenStats, lengths: list[int]) -> list[TokenStats]:
-    """Cut the statistics of a batch into those of its rows, on the CPU."""
-    stats = stats.map(Tensor.cpu)
-    starts = itertools.accumulate(lengths, initial=0)
-    return [stats.map(lambda v, a=a, n=n: v[a : a + n]) for a, n in zip(starts, lengths, strict=False)]
 
 
 def _as_lists(values: Any) -> list:
