@@ -34,7 +34,7 @@ from benchmarks.comparison import DEVICE, Workload, missing_peers, note_missing
 from benchmarks.fingerprint import fingerprints
 
 SECONDS = 8.0  # of the rounds of one workload
-VERSIONS = ("torch", "triton", "liger_kernel", "cut_cross_entropy")
+PACKAGES = ("triton", "liger_kernel", "cut_cross_entropy")
 Step = tuple[str, Callable[[], Workload]]
 
 
@@ -81,8 +81,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _machine(commit: str) -> dict:
-    versions = {"python": platform.python_version(), "cuda": torch.version.cuda, "hip": torch.version.hip}
-    for package in VERSIONS:
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
