@@ -12,7 +12,7 @@ from torch import Tensor
 from lark_fast.kernels.head import Head, head_logits
 from lark_fast.kernels.head_triton import finish_logits
 from lark_fast.kernels.softmax_sums import Wanted
-from lark_fast.kernels.softmax_sums_triton import LOWEST, fold, store_sums
+from lark_fast.kernels.softmax_sums_triton import LOWEST, fold, leave_out, no_sums, store_sums
 
 ROWS, COLUMNS, NUM_WARPS = 4, 1024, 4
 MIN_PROGRAMS = 512  # what splits are for: fewer programs than this leave a GPU idle
@@ -47,11 +47,7 @@ def _logits_sums(
             tl.store(label_logit + place, z_label, mask=exists)
     else:
         z_label = tl.load(label_logit + place, mask=exists, other=0.0)
-    m = tl.full([ROWS], LOWEST, tl.float32)
-    s1 = tl.zeros([ROWS], tl.float32)
-    s2 = tl.zeros([ROWS], tl.float32)
-    sz = tl.zeros([ROWS], tl.float32)
-    count = tl.zeros([ROWS], tl.int32)
+    m, base, s1, s2, sz, count = no_sums(ROWS)
     first = split * split_columns
     for start in range(first, tl.minimum(first + split_columns, n_columns), COLUMNS):
         column = start + tl.arange(0, COLUMNS)
@@ -61,9 +57,10 @@ def _logits_sums(
         if HAS_BIAS:
             own_bias = tl.load(bias + column, mask=column < n_columns, other=0.0).to(tl.float32)[None, :]
         z = finish_logits(z, own_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_CAP)
-        m, s1, s2, sz, count = fold(z, column, n_columns, label, z_label, m, s1, s2, sz, count, BRIER, ENTROPY, RANK)
+        z = leave_out(z, column, n_columns, label, True)
+        m, base, s1, s2, sz, count = fold(z, z_label, m, base, s1, s2, sz, count, BRIER, ENTROPY, RANK)
     own = partials + split.to(tl.int64) * 5 * n_rows
-    store_sums(own, place, n_rows, m, s1, s2, sz, count, BRIER, ENTROPY, RANK)
+    store_sums(own, place, n_rows, m, base, s1, s2, sz, count, BRIER, ENTROPY, RANK)
 
 
 def partial_sums(

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 STATISTICS = ("nll", "brier", "entropy", "rank")
-LOWEST = -1e30  # "no logit here": finite, so that (z - m) e^(z - m) is 0 and not NaN
+LOWEST = -(2.0**100)  # "no logit here": finite, so that (z - m) e^(z - m) is 0 and not NaN
 
 
 class Wanted(NamedTuple):

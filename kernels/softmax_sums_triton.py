@@ -13,44 +13,75 @@ from lark_fast.kernels.softmax_sums import TokenStats, Wanted
 
 LOWEST = tl.constexpr(softmax_sums.LOWEST)
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 FINISH_ROWS = 128
 
 
 @triton.jit
+def no_sums(ROWS: tl.constexpr):
+    """What ``fold`` starts from."""
+    zero = tl.zeros([ROWS], tl.float32)
+    m = tl.full([ROWS], LOWEST, tl.float32)
+    return m, m * LOG2_E, zero, zero, zero, tl.zeros([ROWS], tl.int32)
+
+
+@triton.jit
 def fold(
-    z, column, n_columns, label, z_label, m, s1, s2, sz, count,
+    z, z_label, m, base, s1, s2, sz, count,
     BRIER: tl.constexpr, ENTROPY: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Take a tile of logits into the running sums of its rows.
+    """Take a tile of logits into the running sums of its rows: z [R, C] float32, ``LOWEST`` where there is none.
 
-    z [R, C] float32; column [C] their places in the row, below n_columns where there is a logit; label [R] the place to
-    leave out (none, where it is no column's); z_label [R]; m, s1, s2, sz [R] float32 and count [R] int32.
+    z_label, m, base, s1, s2 and sz [R] float32, count [R] int32. Until ``store_sums``, the sums are in units of log 2
+    and relative to base, which is m in those units, rounded: so one multiply-add gives an exponent, without an error
+    of its own.
     """
-    out = (column[None, :] >= n_columns) | (column[None, :] == label[:, None])
-    z = tl.where(out, LOWEST, tl.maximum(z, LOWEST, propagate_nan=tl.PropagateNan.ALL))
     if RANK:
         count += tl.sum((z > z_label[:, None]).to(tl.int32), 1)
-    new_m = tl.maximum(m, tl.max(z, 1))
-    shift = m - new_m
-    scale = tl.exp2(shift * LOG2_E)
-    z -= new_m[:, None]
-    e = tl.exp2(z * LOG2_E)
+    m = tl.maximum(m, tl.max(z, 1))
+    new_base = m * LOG2_E
+    shift = base - new_base
+    scale = tl.exp2(shift)
+    z = tl.fma(z, LOG2_E, -new_base[:, None])
+    e = tl.exp2(z)
     if ENTROPY:
         sz = (sz + shift * s1) * scale + tl.sum(z * e, 1)
     if BRIER:
         s2 = s2 * scale * scale + tl.sum(e * e, 1)
     s1 = s1 * scale + tl.sum(e, 1)
-    return new_m, s1, s2, sz, count
+    return m, new_base, s1, s2, sz, count
+
+
+@triton.jit
+def leave_out(z, column, n_columns, label, CLAMP: tl.constexpr):
+    """``LOWEST`` in place of the label's own column [R] (none, where it is no column's) and of those past the end.
+
+    z [R, C] float32; column [C] consecutive places in the row. CLAMP: also in place of lower logits, as of -inf.
+    """
+    if CLAMP:
+        z = tl.maximum(z, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    # Few tiles hold the end or a label, and the test is cheaper than the work it saves.
+    first, last = tl.min(column, 0), tl.max(column, 0)
+    if last >= n_columns:
+        z = tl.where(column[None, :] < n_columns, z, LOWEST)
+    if tl.max(((label >= first) & (label <= last)).to(tl.int32), 0) > 0:
+        z = tl.where(column[None, :] == label[:, None], LOWEST, z)
+    return z
 
 
 @triton.jit
 def store_sums(
-    partials, place, n_rows, m, s1, s2, sz, count,
+    partials, place, n_rows, m, base, s1, s2, sz, count,
     BRIER: tl.constexpr, ENTROPY: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Write the sums of rows ``place`` [R] into one split's ``partials`` [5, n_rows]."""
+    """Write what ``fold`` left of rows ``place`` [R] into one split's ``partials`` [5, n_rows]."""
     exists = place < n_rows
     out = partials + place
+    rounding = tl.fma(m, LOG2_E, -base)
+    factor = tl.exp2(-rounding)
+    sz = (sz - rounding * s1) * factor * LN_2
+    s2 *= factor * factor
+    s1 *= factor
     tl.store(out, m, mask=exists)
     tl.store(out + n_rows, s1, mask=exists)
     if BRIER:

@@ -20,7 +20,7 @@ from lark_fast.kernels.dispatch import HALF, HeadConfig, head_config
 from lark_fast.kernels.head import Head
 from lark_fast.kernels.head_triton import finish_logits, product
 from lark_fast.kernels.softmax_sums import Wanted
-from lark_fast.kernels.softmax_sums_triton import LOWEST, fold, store_sums
+from lark_fast.kernels.softmax_sums_triton import fold, leave_out, no_sums, store_sums
 
 LABEL_ROWS, FLOAT_LABEL_ROWS = 64, 32
 MAX_SPLITS = 64
@@ -86,11 +86,7 @@ def _partial_sums(
         row = first_row
     label = label.to(tl.int32)
     z_label = tl.load(label_logit + tl.minimum(place, n_rows - 1))
-    m = tl.full([ROWS], LOWEST, tl.float32)
-    s1 = tl.zeros([ROWS], tl.float32)
-    s2 = tl.zeros([ROWS], tl.float32)
-    sz = tl.zeros([ROWS], tl.float32)
-    count = tl.zeros([ROWS], tl.int32)
+    m, base, s1, s2, sz, count = no_sums(ROWS)
     start = split * split_words
     for tile in tl.range(start, tl.minimum(start + split_words, n_words), WORDS, flatten=FLATTEN):
         word = tile if WORD_BOXES else tl.minimum(tile + tl.arange(0, WORDS), n_words - 1).to(tl.int64)
@@ -106,11 +102,10 @@ def _partial_sums(
             column = tile + i * (WORDS // SLICES) + tl.arange(0, WORDS // SLICES)
             own_bias = tl.load(bias + tl.minimum(column, n_words - 1)).to(tl.float32)[None, :] if HAS_BIAS else 0.0
             z = finish_logits(part, own_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_CAP)
-            m, s1, s2, sz, count = fold(
-                z, column, n_words, label, z_label, m, s1, s2, sz, count, BRIER, ENTROPY, RANK
-            )  # fmt: skip
+            z = leave_out(z, column, n_words, label, HAS_BIAS)
+            m, base, s1, s2, sz, count = fold(z, z_label, m, base, s1, s2, sz, count, BRIER, ENTROPY, RANK)
     own = partials + split.to(tl.int64) * 5 * n_rows
-    store_sums(own, place, n_rows, m, s1, s2, sz, count, BRIER, ENTROPY, RANK)
+    store_sums(own, place, n_rows, m, base, s1, s2, sz, count, BRIER, ENTROPY, RANK)
 
 
 def label_logits(

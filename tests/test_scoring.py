@@ -182,3 +182,11 @@ def test_progress_is_told_after_every_forward_pass(tokenizer):
     assert len(told) >= 3
     assert told == sorted(told)
     assert told[-1] == 1.0
+
+
+def test_score_tokens_refuses_what_is_no_word():
+    scorer = Scorer(TINY_MODELS["llama"](60))
+    with pytest.raises(ValueError, match="token id"):
+        scorer.score_tokens([1, 60, 2], [-100, 3, 2])
+    with pytest.raises(ValueError, match="a label is neither -100 nor"):
+        scorer.score_tokens([1, 5, 2], [-100, 3, 60])
