@@ -10,10 +10,9 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from benchmarks import baselines
-from benchmarks.comparison import missing_peers
+from benchmarks.comparison import baseline_key, known_ratios, missing_peers
 
 BENCHMARKS = pytest.StashKey[list]()
-BASELINES = pytest.StashKey[dict]()
 HEADINGS = ("benchmark", "shape", "dtype", "ours", "ours / limit", "baseline", "peer / ours")
 
 
@@ -27,7 +26,8 @@ def pytest_configure(config):
     # The plugin's own table ranks seconds of unlike things; --benchmark-verbose brings it back.
     config.option.benchmark_quiet = True
     config.stash[BENCHMARKS] = []
-    config.stash[BASELINES] = {} if config.option.save_baselines else baselines.load(config.option.baselines)
+    if not config.option.save_baselines:
+        known_ratios.update(baselines.load(config.option.baselines))
 
 
 @pytest.fixture(autouse=True)
@@ -41,11 +41,9 @@ def _in_table(request, benchmark):
 def pytest_runtest_call(item):
     outcome = yield
     info = item.funcargs["benchmark"].extra_info if "benchmark" in item.funcargs else {}
-    baseline = item.config.stash[BASELINES].get(_key(info)) if "ratio_to_limit" in info else None
-    if baseline is not None:
-        info["baseline"] = baseline
-        if complaint := baselines.complaint(info["ratio_to_limit"], baseline, info["device"]):
-            pytest.fail(f"{_key(info)}: {complaint}", pytrace=False)
+    judged = "baseline" in info
+    if judged and (complaint := baselines.complaint(info["ratio_to_limit"], info["baseline"], info["device"])):
+        pytest.fail(f"{baseline_key(info)}: {complaint}", pytrace=False)
     return outcome
 
 
@@ -62,22 +60,15 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.write_line(f"{baselines.device_name()}; {baselines.versions()}")
     if missing_peers:
         terminalreporter.write_line(f"not among the peers: {', '.join(missing_peers)}")
-    ratios = {_key(info): info["ratio_to_limit"] for info in _infos(timed) if "ratio_to_limit" in info}
+    infos = [benchmark.extra_info for benchmark in timed]
+    ratios = {baseline_key(info): info["ratio_to_limit"] for info in infos if "ratio_to_limit" in info}
     if config.option.save_baselines:
         terminalreporter.write_line(f"baselines written: {baselines.save(config.option.baselines, ratios)}")
-    elif unjudged := ratios.keys() - config.stash[BASELINES].keys():
+    elif unjudged := ratios.keys() - known_ratios.keys():
         terminalreporter.write_line(
             f"no baseline for this device and these versions, so not judged: {len(unjudged)} of {len(ratios)} "
             "(--save-baselines writes them)"
         )
-
-
-def _infos(benchmarks):
-    return [benchmark.extra_info for benchmark in benchmarks]
-
-
-def _key(info):
-    return f"{info['name']}; {info['shape']}; {info['dtype']}"
 
 
 def _row(benchmark):

@@ -78,10 +78,13 @@ def inputs(T: int, D: int, V: int, dtype: torch.dtype, g: torch.Generator, logit
 def head(T: int, D: int, V: int, dtype: torch.dtype, statistics=STATISTICS, top_k: int | None = None) -> Workload:
     """The head from hidden states. With ``top_k``, its limit is the product and one read and write of the logits."""
     hidden, weight, labels = operands = inputs(T, D, V, dtype, generator(0))
-    eager = eager_exact if set(statistics) == set(STATISTICS) else eager_nll_brier
-    peers = nll_peers(*operands)
     if top_k is not None:
-        eager, peers = partial(eager_topk, top_k=top_k), {}
+        name, eager, gives, others = TOPK, partial(eager_topk, top_k=top_k), "nll, top-k Brier", {}
+    elif set(statistics) == set(STATISTICS):
+        name, eager, gives = ALL, eager_exact, "all four"
+        others = reference_peer(*operands) | nll_peers(*operands)
+    else:
+        name, eager, gives, others = LIGHT, eager_nll_brier, "nll, brier", nll_peers(*operands)
     logits = torch.empty(T, V, dtype=dtype, device=DEVICE)
     copy = logits if top_k is None else torch.empty_like(logits)
 
@@ -90,15 +93,14 @@ def head(T: int, D: int, V: int, dtype: torch.dtype, statistics=STATISTICS, top_
         if top_k is not None:
             copy.copy_(logits)
 
-    gives = "nll, top-k Brier" if top_k is not None else "all four" if eager is eager_exact else "nll, brier"
     return Workload(
-        name=TOPK if top_k is not None else ALL if eager is eager_exact else LIGHT,
+        name=name,
         shape=f"T={T} D={D} V={V}",
         dtype=dtype,
         ours=lambda impl: token_stats(hidden, weight, labels, statistics=statistics, top_k=top_k, impl=impl),
         implementations=forms() if top_k is None else tuple(form for form in forms() if form != "fused"),
         limit=limit,
-        peers=eager_peers(eager, gives, *operands) | reference_peer(*operands, top_k) | peers,
+        peers=eager_peers(eager, gives, *operands) | others,
         check=lambda out: check_head(out, *operands, statistics, top_k),
     )
 
@@ -165,10 +167,8 @@ def eager_peers(statistics: Callable, gives: str, hidden: Tensor, weight: Tensor
     return peers
 
 
-def reference_peer(hidden: Tensor, weight: Tensor, labels: Tensor, top_k: int | None) -> Mapping[str, Run]:
-    """What LARK's released scorer does with the logits of a head that does something else."""
-    if top_k is not None:
-        return {}
+def reference_peer(hidden: Tensor, weight: Tensor, labels: Tensor) -> Mapping[str, Run]:
+    """What LARK's released scorer does with the logits."""
     return {"eager, softmax and topk (nll, top-k Brier)": lambda: eager_topk(hidden @ weight.T, labels, TOP_K)}
 
 

@@ -33,7 +33,7 @@ from benchmarks import baselines, correctness, head, timing, trajectories
 from benchmarks.comparison import DEVICE, Workload, missing_peers, note_missing
 from benchmarks.fingerprint import fingerprints
 
-SECONDS = 8.0  # of the rounds of one workload
+SECONDS = 5.0  # of the rounds of one workload
 PACKAGES = ("triton", "liger_kernel", "cut_cross_entropy")
 Step = tuple[str, Callable[[], Workload]]
 

@@ -34,25 +34,31 @@ def reduction(n: int = TRAJECTORIES) -> Workload:
     stats, starts = inputs(n, 0)
     columns = [getattr(stats, name) for name in FIELDS]
     copies = [torch.empty_like(column) for column in columns]
-    ends = starts.tolist()
+    lengths = starts.diff().tolist()
+    trajectory = torch.arange(n, device=DEVICE).repeat_interleave(starts.diff())
 
     def limit() -> None:
         for copy, column in zip(copies, columns, strict=True):
             copy.copy_(column)
 
     def loop() -> list[torch.Tensor]:
-        return [
-            torch.stack([part.double().sum() for part in column.tensor_split(starts[1:-1].cpu())]) for column in columns
-        ]
+        return [torch.stack([part.double().sum() for part in column.split(lengths)]) for column in columns]
 
+    def index_add() -> list[torch.Tensor]:
+        sums = torch.zeros(len(columns), n, dtype=torch.float64, device=DEVICE)
+        return [own.index_add_(0, trajectory, x.double()) for own, x in zip(sums, columns, strict=True)]
+
+    peers = {"index_add (sums only)": index_add}
+    if not CUDA:  # half a million launches take seconds there
+        peers["a loop over trajectories (sums only)"] = loop
     return Workload(
         name=NAME,
-        shape=f"N={n} T={ends[-1]}",
+        shape=f"N={n} T={len(trajectory)}",
         dtype=torch.float32,
         ours=lambda impl: trajectory_reduce(stats, starts, max_rank=MAX_RANK, impl=impl),
         implementations=("triton", "torch") if CUDA and has_triton() else ("torch",),
         limit=limit,
-        peers={"a loop over trajectories (sums only)": loop},
+        peers=peers,
         check=lambda out: check(out, stats, starts),
     )
 
