@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lark_fast import TokenStats, token_stats
-from lark_fast.kernels.token_stats import token_stats_from_logits
-from lark_fast.kernels.trajectory_reduce import TrajectoryReduction, trajectory_reduce
+from lark_fast import TokenStats, token_stats, token_stats_from_logits, trajectory_reduce
+from lark_fast.kernels.trajectory_reduce import TrajectoryReduction
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lark_fast.kernels.chi2 import chi2_weights
     from lark_fast.kernels.linear_cross_entropy import linear_cross_entropy
-    from lark_fast.kernels.token_stats import TokenStats, token_stats
+    from lark_fast.kernels.token_stats import TokenStats, token_stats, token_stats_from_logits
+    from lark_fast.kernels.trajectory_reduce import trajectory_reduce
     from lark_fast.scoring.learnability import g_hat
     from lark_fast.scoring.scorer import Scorer, TrajectoryScore
 
@@ -17,6 +18,8 @@ _HOMES = {
     "TrajectoryScore": "lark_fast.scoring.scorer",
     "TokenStats": "lark_fast.kernels.token_stats",
     "token_stats": "lark_fast.kernels.token_stats",
+    "token_stats_from_logits": "lark_fast.kernels.token_stats",
+    "trajectory_reduce": "lark_fast.kernels.trajectory_reduce",
     "linear_cross_entropy": "lark_fast.kernels.linear_cross_entropy",
     "chi2_weights": "lark_fast.kernels.chi2",
     "g_hat": "lark_fast.scoring.learnability",
@@ -28,6 +31,8 @@ __all__ = [  # noqa: RUF022 - the order a reader meets them
     "g_hat",
     "chi2_weights",
     "token_stats",
+    "token_stats_from_logits",
+    "trajectory_reduce",
     "linear_cross_entropy",
 ]
 

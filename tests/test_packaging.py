@@ -102,6 +102,8 @@ def test_public_names():
         "g_hat",
         "chi2_weights",
         "token_stats",
+        "token_stats_from_logits",
+        "trajectory_reduce",
         "linear_cross_entropy",
     ]
     python(
