@@ -107,13 +107,12 @@ class Launch(NamedTuple):
 def launches(arch: str) -> Iterator[Launch]:
     """All that can be picked on ``arch``."""
     for config in dispatch.CONFIGS[arch]:
-        for dtype, D, wanted, rows, extras in (
-            (torch.bfloat16, 3584, ALL, False, False),
-            (torch.bfloat16, 896, CHEAP, True, False),
-            (torch.float16, 3584, ALL, True, True),
-        ):
-            yield fused(config, dtype, D, wanted, rows, extras)
+        yield fused(config, torch.bfloat16, 3584, ALL, False, False)
+        yield fused(config, torch.bfloat16, 896, CHEAP, True, False)
+        yield fused(config, torch.float16, 3584, ALL, True, False)
         yield fused_label(config, torch.bfloat16, 3584)
+    yield fused(dispatch.FINISHING_CONFIGS[arch], torch.bfloat16, 3584, ALL, False, True)
+    yield fused(dispatch.FINISHING_CONFIGS[arch], torch.float16, 3584, ALL, True, True)
     for dtype in (torch.float32, torch.bfloat16):
         yield fused(dispatch.PLAIN_CONFIG, dtype, 1001, ALL, True, True)
         yield fused_label(dispatch.PLAIN_CONFIG, dtype, 1001)
@@ -122,10 +121,10 @@ def launches(arch: str) -> Iterator[Launch]:
             "finish", f"{wanted}", lambda wanted=wanted: softmax_sums_triton.finish(empty(33, 5, T), empty(T), wanted)
         )
         for dtype in (torch.float32, torch.bfloat16):
-            yield from_logits(dtype, wanted)
+            # 50257 is no multiple of 16: its rows cannot be read in wide loads.
+            yield from (from_logits(dtype, words, wanted) for words in (V, 50257))
     yield chunk()
     for dtype in (torch.float32, torch.bfloat16):
-        # 50257 is no multiple of 16: its rows cannot be read in wide loads.
         yield from (top_k(dtype, words, 50, False) for words in (V, 50257))
     yield top_k(torch.float32, V, 50, True)
     yield top_k(torch.float32, V, 1000, False)  # more than a program holds
@@ -155,11 +154,11 @@ def fused_label(config: HeadConfig, dtype: torch.dtype, D: int) -> Launch:
     )
 
 
-def from_logits(dtype: torch.dtype, wanted: Wanted) -> Launch:
+def from_logits(dtype: torch.dtype, words: int, wanted: Wanted) -> Launch:
     return Launch(
         "logits_sums",
-        f"{dtype} {wanted}",
-        lambda: logits_triton.partial_sums(empty(T, V, dtype=dtype), whole(T), wanted),
+        f"{dtype} V={words} {wanted}",
+        lambda: logits_triton.partial_sums(empty(T, words, dtype=dtype), whole(T), wanted),
     )
 
 

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from lark_fast.kernels.head import Head
+
 FORMS = ("fused", "chunked", "torch")
 HALF = (torch.bfloat16, torch.float16)
 
@@ -29,13 +31,13 @@ class HeadConfig:
     num_stages: int
 
 
-# For half-precision operands, in order of preference. "sm_90" is the H100 and H200, "sm_100" the B200, "sm_80" the A100
-# and its kin with less shared memory, "gfx942" the MI300X. Chosen by what the compiler says (benchmarks/aot.py);
-# docs/log.md tells which have been timed.
+# For half-precision operands whose product is the logits, in order of preference. "sm_90" is the H100 and H200,
+# "sm_100" the B200, "sm_80" the A100 and its kin with less shared memory, "gfx942" the MI300X. Chosen by what the
+# compiler says (benchmarks/aot.py); docs/log.md tells which have been timed.
 CONFIGS = {
     "sm_80": (
         HeadConfig(rows=128, words=128, inner=32, slices=2, flatten=True, num_warps=8, num_stages=4),
-        HeadConfig(rows=128, words=128, inner=64, slices=2, num_warps=8, num_stages=3),
+        HeadConfig(rows=64, words=128, inner=32, flatten=True, num_warps=4, num_stages=4),
     ),
     "sm_90": (
         HeadConfig(rows=128, words=256, inner=64, slices=2, boxes=True, flatten=True, num_warps=8, num_stages=4),
@@ -52,20 +54,28 @@ CONFIGS = {
         HeadConfig(rows=128, words=128, inner=32, slices=2, num_warps=8, num_stages=3),
     ),
 }
+# For heads with a bias, a cap or a scale, whose statistics take more registers.
+FINISHING_CONFIGS = {
+    "sm_80": HeadConfig(rows=128, words=128, inner=32, slices=2, flatten=True, num_warps=8, num_stages=4),
+    "sm_90": HeadConfig(rows=128, words=128, inner=64, boxes=True, num_warps=8, num_stages=3),
+    "sm_100": HeadConfig(rows=128, words=128, inner=64, slices=2, boxes=True, num_warps=8, num_stages=3),
+    "gfx942": HeadConfig(rows=128, words=128, inner=64, slices=2, num_warps=8, num_stages=3),
+}
 # float32, which is multiplied without tensor cores, and sizes of D that those above do not take.
 PLAIN_CONFIG = HeadConfig(rows=64, words=64, inner=16, num_warps=4, num_stages=2)
 # Where Triton's interpreter runs: every loop takes more than one turn on small problems.
 INTERPRETER_CONFIG = HeadConfig(rows=16, words=64, inner=16, slices=2, boxes=True, num_warps=1, num_stages=1)
 
 
-def head_config(hidden: Tensor, weight: Tensor) -> HeadConfig:
-    """How the fused head is cut for hidden ``[N, D]`` and weight ``[V, D]`` on their device."""
+def head_config(hidden: Tensor, head: Head) -> HeadConfig:
+    """How the fused head is cut for hidden ``[N, D]`` on their device."""
     if hidden.device.type == "cpu":
-        return replace(INTERPRETER_CONFIG, boxes=_aligned(hidden) and _aligned(weight))
-    if hidden.dtype not in HALF:
+        return replace(INTERPRETER_CONFIG, boxes=_aligned(hidden) and _aligned(head.weight))
+    if hidden.dtype not in HALF or not _tidy(hidden, head.weight):
         return PLAIN_CONFIG
-    config = CONFIGS[architecture(hidden.device)][0]
-    return config if _tidy(hidden, weight) else PLAIN_CONFIG
+    arch = architecture(hidden.device)
+    bare = head.bias is None and head.softcap is None and head.logit_scale is None
+    return CONFIGS[arch][0] if bare else FINISHING_CONFIGS[arch]
 
 
 @functools.cache

@@ -21,7 +21,7 @@ CHUNK_BYTES = 32 << 20  # of float32 logits: they stay in the L2 cache of an H10
 MIN_CHUNK_WORDS = 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "first_column", "split_columns"])
 def _logits_sums(
     logits, labels, label_logit, partials, bias,
     n_rows, n_columns, first_column, split_columns, stride, logit_scale, softcap,
@@ -95,7 +95,7 @@ def partial_sums(
         split_columns = triton.cdiv(triton.cdiv(n_columns, n_splits), COLUMNS) * COLUMNS
         _logits_sums[(n_blocks, n_splits)](
             logits, labels, label_logit, out, bias,
-            n_rows, n_columns, first_column, split_columns, logits.stride(0), scale or 1.0, cap or 1.0,
+            n_rows, n_columns, first_column, split_columns, logits.stride(0), float(scale or 1.0), float(cap or 1.0),
             OWN_LABEL=own_label, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None, HAS_CAP=cap is not None,
             BRIER=wanted.brier, ENTROPY=wanted.entropy, RANK=wanted.rank, ROWS=ROWS, COLUMNS=COLUMNS,
             num_warps=NUM_WARPS,

@@ -22,7 +22,7 @@ def no_sums(ROWS: tl.constexpr):
     """What ``fold`` starts from."""
     zero = tl.zeros([ROWS], tl.float32)
     m = tl.full([ROWS], LOWEST, tl.float32)
-    return m, m * LOG2_E, zero, zero, zero, tl.zeros([ROWS], tl.int32)
+    return m, tl.ceil(m * LOG2_E), zero, zero, zero, tl.zeros([ROWS], tl.int32)
 
 
 @triton.jit
@@ -33,13 +33,13 @@ def fold(
     """Take a tile of logits into the running sums of its rows: z [R, C] float32, ``LOWEST`` where there is none.
 
     z_label, m, base, s1, s2 and sz [R] float32, count [R] int32. Until ``store_sums``, the sums are in units of log 2
-    and relative to base, which is m in those units, rounded: so one multiply-add gives an exponent, without an error
-    of its own.
+    and relative to base, which is m in those units, rounded up to a whole number. So one multiply-add gives an
+    exponent, and moving the sums to another base is exact.
     """
     if RANK:
         count += tl.sum((z > z_label[:, None]).to(tl.int32), 1)
     m = tl.maximum(m, tl.max(z, 1))
-    new_base = m * LOG2_E
+    new_base = tl.ceil(m * LOG2_E)
     shift = base - new_base
     scale = tl.exp2(shift)
     z = tl.fma(z, LOG2_E, -new_base[:, None])
@@ -77,9 +77,9 @@ def store_sums(
     """Write what ``fold`` left of rows ``place`` [R] into one split's ``partials`` [5, n_rows]."""
     exists = place < n_rows
     out = partials + place
-    rounding = tl.fma(m, LOG2_E, -base)
-    factor = tl.exp2(-rounding)
-    sz = (sz - rounding * s1) * factor * LN_2
+    above = tl.fma(m, LOG2_E, -base)  # of m over base: in (-1, 0]
+    factor = tl.exp2(-above)
+    sz = (sz - above * s1) * factor * LN_2
     s2 *= factor * factor
     s1 *= factor
     tl.store(out, m, mask=exists)
@@ -99,7 +99,7 @@ def log1p(x):
     return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_splits"])
 def _finish(
     partials, label_logit, nll, brier, entropy, rank, agreement, n_rows, n_splits,
     BRIER: tl.constexpr, ENTROPY: tl.constexpr, RANK: tl.constexpr, BLOCK_ROWS: tl.constexpr,

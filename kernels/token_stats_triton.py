@@ -27,7 +27,7 @@ MAX_SPLITS = 64
 INTERPRETED = triton.knobs.runtime.interpret
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_hidden", "n_words"])
 def _label_logits(
     hidden, weight, bias, rows, labels, out,
     n_rows, n_hidden, n_words, stride_hidden, stride_weight, logit_scale, softcap,
@@ -63,10 +63,10 @@ def _rows_and_labels(rows, labels, place, n_rows, n_hidden, n_words, HAS_ROWS: t
     return row, label, known
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_hidden", "n_words", "n_splits", "split_tiles", "group"])
 def _partial_sums(
     hidden, weight, bias, rows, labels, label_logit, partials,
-    n_rows, n_hidden, n_words, n_splits, split_words, group, stride_hidden, stride_weight, logit_scale, softcap,
+    n_rows, n_hidden, n_words, n_splits, split_tiles, group, stride_hidden, stride_weight, logit_scale, softcap,
     D: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr,
     BRIER: tl.constexpr, ENTROPY: tl.constexpr, RANK: tl.constexpr,
     ROWS: tl.constexpr, WORDS: tl.constexpr, INNER: tl.constexpr, SLICES: tl.constexpr, FLATTEN: tl.constexpr,
@@ -87,8 +87,10 @@ def _partial_sums(
     label = label.to(tl.int32)
     z_label = tl.load(label_logit + tl.minimum(place, n_rows - 1))
     m, base, s1, s2, sz, count = no_sums(ROWS)
-    start = split * split_words
-    for tile in tl.range(start, tl.minimum(start + split_words, n_words), WORDS, flatten=FLATTEN):
+    first_tile = split * split_tiles
+    tiles = tl.minimum(tl.cdiv(n_words, WORDS) - first_tile, split_tiles)
+    for i in tl.range(0, tiles, flatten=FLATTEN):
+        tile = (first_tile + i) * WORDS
         word = tile if WORD_BOXES else tl.minimum(tile + tl.arange(0, WORDS), n_words - 1).to(tl.int64)
         x = product(
             hidden, weight, row, word, D, stride_hidden, stride_weight,
@@ -97,9 +99,9 @@ def _partial_sums(
         # One slice of the tile after the other: its temporaries then fit in the registers that the product leaves.
         if SLICES == 2:
             left, right = tl.split(tl.permute(tl.reshape(x, [ROWS, 2, WORDS // 2]), [0, 2, 1]))
-        for i in tl.static_range(SLICES):
-            part = x if SLICES == 1 else (left if i == 0 else right)
-            column = tile + i * (WORDS // SLICES) + tl.arange(0, WORDS // SLICES)
+        for s in tl.static_range(SLICES):
+            part = x if SLICES == 1 else (left if s == 0 else right)
+            column = tile + s * (WORDS // SLICES) + tl.arange(0, WORDS // SLICES)
             own_bias = tl.load(bias + tl.minimum(column, n_words - 1)).to(tl.float32)[None, :] if HAS_BIAS else 0.0
             z = finish_logits(part, own_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_CAP)
             z = leave_out(z, column, n_words, label, HAS_BIAS)
@@ -114,7 +116,7 @@ def label_logits(
     """``[T]`` float32 logits of the labels, NaN where a label is no word; arguments as in ``partial_sums``."""
     out = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
     if len(labels):
-        config = config or head_config(hidden, head.weight)
+        config = config or head_config(hidden, head)
         label_rows = LABEL_ROWS if hidden.dtype in HALF else FLOAT_LABEL_ROWS
         _label_logits[(triton.cdiv(len(labels), label_rows),)](
             hidden, head.weight, head.bias, rows, labels, out, len(labels), *_sizes(hidden, head),
@@ -138,7 +140,7 @@ def partial_sums(
         wanted: the statistics to prepare for; the sums of others are left uninitialised.
         config: how to cut the work; None takes the table's.
     """
-    config = config or head_config(hidden, head.weight)
+    config = config or head_config(hidden, head)
     n_rows, (n_words, _) = len(labels), head.weight.shape
     n_blocks, n_tiles = triton.cdiv(n_rows, config.rows), triton.cdiv(n_words, config.words)
     split_tiles = triton.cdiv(n_tiles, _splits(n_blocks, n_tiles, _processors(hidden.device)))
@@ -152,7 +154,7 @@ def partial_sums(
         of_weight = TensorDescriptor.from_tensor(weight, [config.words, config.inner]) if config.boxes else weight
         _partial_sums[(n_blocks * n_splits,)](
             of_hidden, of_weight, head.bias, rows, labels, label_logit, partials,
-            n_rows, n_hidden, n_words, n_splits, split_tiles * config.words, _group(hidden, config, n_blocks), *rest,
+            n_rows, n_hidden, n_words, n_splits, split_tiles, _group(hidden, config, n_blocks), *rest,
             **_head_flags(hidden, rows, head), BRIER=wanted.brier, ENTROPY=wanted.entropy, RANK=wanted.rank,
             ROWS=config.rows, WORDS=config.words, INNER=config.inner, SLICES=config.slices, FLATTEN=config.flatten,
             ROW_BOXES=row_boxes, WORD_BOXES=config.boxes,
@@ -163,7 +165,8 @@ def partial_sums(
 
 def _sizes(hidden: Tensor, head: Head) -> tuple[int | float, ...]:
     strides = hidden.stride(0), head.weight.stride(0)
-    return len(hidden), len(head.weight), *strides, head.logit_scale or 1.0, head.softcap or 1.0
+    # Whole numbers would be integers of another kernel.
+    return len(hidden), len(head.weight), *strides, float(head.logit_scale or 1.0), float(head.softcap or 1.0)
 
 
 def _head_flags(hidden: Tensor, rows: Tensor | None, head: Head) -> dict[str, bool | int | str]:
