@@ -102,6 +102,7 @@ class Launch(NamedTuple):
     configuration: str
     start: Callable[[], object]
     multiplies: bool = False  # half-precision matrices, so that the chip's matrix instructions are expected
+    in_flight: int = 0  # bytes of operands that pipelined loads keep in shared memory, at least
 
 
 def launches(arch: str) -> Iterator[Launch]:
@@ -132,6 +133,7 @@ def launches(arch: str) -> Iterator[Launch]:
 
 
 def fused(config: HeadConfig, dtype: torch.dtype, D: int, wanted: Wanted, rows: bool, extras: bool) -> Launch:
+    step_bytes = (config.rows + config.words) * config.inner * dtype.itemsize
     return Launch(
         "partial_sums",
         f"{config} {dtype} D={D} {wanted} rows={rows} bias, cap, scale={extras}",
@@ -140,6 +142,7 @@ def fused(config: HeadConfig, dtype: torch.dtype, D: int, wanted: Wanted, rows: 
             config,
         ),
         dtype in dispatch.HALF,
+        0 if config is dispatch.PLAIN_CONFIG else (config.num_stages - 1) * step_bytes,
     )  # fmt: skip
 
 
@@ -222,6 +225,7 @@ def report(arch: str, launch: Launch, kernel: Any) -> dict[str, Any]:
         "registers": registers,
         "spilled_bytes": spilled,
         "shared_bytes": kernel.metadata.shared,
+        "shared_least": launch.in_flight,
         "shared_limit": SHARED_BYTES[arch],
         "multiplies": launch.multiplies,
         "matrix_instructions": MATRIX_INSTRUCTIONS[arch] in text,

@@ -12,7 +12,7 @@ from torch import Tensor
 from lark_fast.kernels.head import Head, head_logits
 from lark_fast.kernels.head_triton import finish_logits
 from lark_fast.kernels.softmax_sums import Wanted
-from lark_fast.kernels.softmax_sums_triton import LOWEST, fold, leave_out, no_sums, store_sums
+from lark_fast.kernels.softmax_sums_triton import LOWEST, fold, has_gaps, leave_out, no_sums, store_sums
 
 ROWS, COLUMNS, NUM_WARPS = 4, 1024, 4
 MIN_PROGRAMS = 512  # what splits are for: fewer programs than this leave a GPU idle
@@ -57,7 +57,8 @@ def _logits_sums(
         if HAS_BIAS:
             own_bias = tl.load(bias + column, mask=column < n_columns, other=0.0).to(tl.float32)[None, :]
         z = finish_logits(z, own_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_CAP)
-        z = leave_out(z, column, n_columns, label, True)
+        gaps = has_gaps(start, n_columns, label, COLUMNS)
+        z = leave_out(z, column, n_columns, label, gaps, True, True)
         m, base, s1, s2, sz, count = fold(z, z_label, m, base, s1, s2, sz, count, BRIER, ENTROPY, RANK)
     own = partials + split.to(tl.int64) * 5 * n_rows
     store_sums(own, place, n_rows, m, base, s1, s2, sz, count, BRIER, ENTROPY, RANK)

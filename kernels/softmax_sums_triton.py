@@ -53,19 +53,28 @@ def fold(
 
 
 @triton.jit
-def leave_out(z, column, n_columns, label, CLAMP: tl.constexpr):
+def has_gaps(first, n_columns, label, COLUMNS: tl.constexpr):
+    """Whether COLUMNS columns from ``first`` on hold the label's own of any row [R], or reach past the last."""
+    held = (label >= first) & (label < first + COLUMNS)
+    return (first + COLUMNS > n_columns) | (tl.max(held.to(tl.int32), 0) > 0)
+
+
+@triton.jit
+def leave_out(z, column, n_columns, label, gaps, CLAMP: tl.constexpr, BRANCH: tl.constexpr):
     """``LOWEST`` in place of the label's own column [R] (none, where it is no column's) and of those past the end.
 
-    z [R, C] float32; column [C] consecutive places in the row. CLAMP: also in place of lower logits, as of -inf.
+    z [R, C] float32; column [C] their places in the row; gaps: ``has_gaps`` of them. CLAMP: also in place of lower
+    logits, as of -inf. BRANCH: without gaps, branch over the work. Few tiles have any, so that pays, unless the barrier
+    it takes would stand in a loop whose loads are pipelined: those would not be any more.
     """
     if CLAMP:
         z = tl.maximum(z, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-    # Few tiles hold the end or a label, and the test is cheaper than the work it saves.
-    first, last = tl.min(column, 0), tl.max(column, 0)
-    if last >= n_columns:
-        z = tl.where(column[None, :] < n_columns, z, LOWEST)
-    if tl.max(((label >= first) & (label <= last)).to(tl.int32), 0) > 0:
-        z = tl.where(column[None, :] == label[:, None], LOWEST, z)
+    if BRANCH:
+        if gaps:
+            tl.debug_barrier()  # without something like it, the compiler does the work always and then selects
+            z = tl.where((column[None, :] >= n_columns) | (column[None, :] == label[:, None]), LOWEST, z)
+    else:
+        z = tl.where((column[None, :] >= n_columns) | (column[None, :] == label[:, None]), LOWEST, z)
     return z
 
 

@@ -20,7 +20,7 @@ from lark_fast.kernels.dispatch import HALF, HeadConfig, head_config
 from lark_fast.kernels.head import Head
 from lark_fast.kernels.head_triton import finish_logits, product
 from lark_fast.kernels.softmax_sums import Wanted
-from lark_fast.kernels.softmax_sums_triton import fold, leave_out, no_sums, store_sums
+from lark_fast.kernels.softmax_sums_triton import fold, has_gaps, leave_out, no_sums, store_sums
 
 LABEL_ROWS, FLOAT_LABEL_ROWS = 64, 32
 MAX_SPLITS = 64
@@ -96,6 +96,7 @@ def _partial_sums(
             hidden, weight, row, word, D, stride_hidden, stride_weight,
             ROWS, WORDS, INNER, ROW_BOXES, WORD_BOXES, PRECISION, RAISE,
         )  # fmt: skip
+        gaps = has_gaps(tile, n_words, label, WORDS)
         # One slice of the tile after the other: its temporaries then fit in the registers that the product leaves.
         if SLICES == 2:
             left, right = tl.split(tl.permute(tl.reshape(x, [ROWS, 2, WORDS // 2]), [0, 2, 1]))
@@ -104,7 +105,7 @@ def _partial_sums(
             column = tile + s * (WORDS // SLICES) + tl.arange(0, WORDS // SLICES)
             own_bias = tl.load(bias + tl.minimum(column, n_words - 1)).to(tl.float32)[None, :] if HAS_BIAS else 0.0
             z = finish_logits(part, own_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_CAP)
-            z = leave_out(z, column, n_words, label, HAS_BIAS)
+            z = leave_out(z, column, n_words, label, gaps, HAS_BIAS, not FLATTEN)
             m, base, s1, s2, sz, count = fold(z, z_label, m, base, s1, s2, sz, count, BRIER, ENTROPY, RANK)
     own = partials + split.to(tl.int64) * 5 * n_rows
     store_sums(own, place, n_rows, m, base, s1, s2, sz, count, BRIER, ENTROPY, RANK)
