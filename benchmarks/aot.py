@@ -108,14 +108,15 @@ class Launch(NamedTuple):
 def launches(arch: str) -> Iterator[Launch]:
     """All that can be picked on ``arch``."""
     for config in dispatch.CONFIGS[arch]:
-        yield fused(config, torch.bfloat16, 3584, ALL, False, False)
-        yield fused(config, torch.bfloat16, 896, CHEAP, True, False)
-        yield fused(config, torch.float16, 3584, ALL, True, False)
+        yield fused(config, torch.bfloat16, 3584, ALL, False, ())
+        yield fused(config, torch.bfloat16, 896, CHEAP, True, ())
+        yield fused(config, torch.float16, 3584, ALL, True, ())
         yield fused_label(config, torch.bfloat16, 3584)
-    yield fused(dispatch.FINISHING_CONFIGS[arch], torch.bfloat16, 3584, ALL, False, True)
-    yield fused(dispatch.FINISHING_CONFIGS[arch], torch.float16, 3584, ALL, True, True)
+    yield fused(dispatch.CONFIGS[arch][0], torch.bfloat16, 896, ALL, True, ())  # the scorer's own
+    for extras in (("bias",), ("softcap",), ("logit_scale",), ("bias", "softcap", "logit_scale")):
+        yield fused(dispatch.FINISHING_CONFIGS[arch], torch.bfloat16, 3584, ALL, True, extras)
     for dtype in (torch.float32, torch.bfloat16):
-        yield fused(dispatch.PLAIN_CONFIG, dtype, 1001, ALL, True, True)
+        yield fused(dispatch.PLAIN_CONFIG, dtype, 1001, ALL, True, ("bias", "softcap", "logit_scale"))
         yield fused_label(dispatch.PLAIN_CONFIG, dtype, 1001)
     for wanted in (ALL, CHEAP):
         yield Launch(
@@ -132,11 +133,13 @@ def launches(arch: str) -> Iterator[Launch]:
     yield from (reduction(extras) for extras in (True, False))
 
 
-def fused(config: HeadConfig, dtype: torch.dtype, D: int, wanted: Wanted, rows: bool, extras: bool) -> Launch:
+def fused(
+    config: HeadConfig, dtype: torch.dtype, D: int, wanted: Wanted, rows: bool, extras: tuple[str, ...]
+) -> Launch:
     step_bytes = (config.rows + config.words) * config.inner * dtype.itemsize
     return Launch(
         "partial_sums",
-        f"{config} {dtype} D={D} {wanted} rows={rows} bias, cap, scale={extras}",
+        f"{config} {dtype} D={D} {wanted} rows={rows} {extras}",
         lambda: token_stats_triton.partial_sums(
             empty(T, D, dtype=dtype), whole(T) if rows else None, head(dtype, D, extras), whole(T), empty(T), wanted,
             config,
@@ -150,9 +153,7 @@ def fused_label(config: HeadConfig, dtype: torch.dtype, D: int) -> Launch:
     return Launch(
         "label_logits",
         f"{config} {dtype} D={D}",
-        lambda: token_stats_triton.label_logits(
-            empty(T, D, dtype=dtype), None, head(dtype, D, False), whole(T), config
-        ),
+        lambda: token_stats_triton.label_logits(empty(T, D, dtype=dtype), None, head(dtype, D), whole(T), config),
         dtype in dispatch.HALF,
     )
 
@@ -166,7 +167,7 @@ def from_logits(dtype: torch.dtype, words: int, wanted: Wanted) -> Launch:
 
 
 def chunk() -> Launch:
-    words = head(torch.bfloat16, 64, True).columns(0, 1024)
+    words = head(torch.bfloat16, 64, ("bias", "softcap", "logit_scale")).columns(0, 1024)
     return Launch(
         "logits_sums",
         "of a chunk",
@@ -204,9 +205,9 @@ def whole(n: int) -> torch.Tensor:
     return empty(n, dtype=torch.int64)
 
 
-def head(dtype: torch.dtype, D: int, extras: bool) -> Head:
-    weight = empty(V, D, dtype=dtype)
-    return Head(weight, empty(V, dtype=dtype), 30.0, 0.5) if extras else Head(weight)
+def head(dtype: torch.dtype, D: int, extras: tuple[str, ...] = ()) -> Head:
+    values = {"bias": empty(V, dtype=dtype), "softcap": 30.0, "logit_scale": 0.5}
+    return Head(empty(V, D, dtype=dtype), **{name: values[name] for name in extras})
 
 
 def report(arch: str, launch: Launch, kernel: Any) -> dict[str, Any]:
@@ -242,13 +243,29 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def main() -> None:
+def faults(report: dict[str, Any]) -> list[str]:
+    """What is wrong with a compiled kernel."""
+    found = []
+    if report["spilled_bytes"]:
+        found.append(f"{report['spilled_bytes']} bytes of registers spilled")
+    if report["shared_bytes"] > report["shared_limit"]:
+        found.append("more shared memory than the chip has")
+    if report["shared_bytes"] < report["shared_least"]:
+        found.append("the loads are not pipelined")
+    if report["multiplies"] and not report["matrix_instructions"]:
+        found.append("the matrix units are idle")
+    return found
+
+
+def main() -> int:
+    """Exit status: 1 where a kernel has a fault."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", action="append", choices=TARGETS, help="default: all")
     parser.add_argument("--first", action="store_true", help="one configuration of each operation")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set, so nothing would be compiled: unset it")
+    n_faulty = 0
     for arch in arguments.arch or TARGETS:
         seen = set()
         with compiling_for(arch) as compiled:
@@ -259,8 +276,14 @@ def main() -> None:
                 compiled.clear()
                 launch.start()
                 for kernel in {id(kernel): kernel for kernel in compiled}.values():
-                    print(json.dumps(report(arch, launch, kernel)), flush=True)
+                    told = report(arch, launch, kernel)
+                    told["faults"] = faults(told)
+                    n_faulty += bool(told["faults"])
+                    print(json.dumps(told), flush=True)
+    if n_faulty:
+        print(f"{n_faulty} kernels with faults", file=sys.stderr)
+    return int(n_faulty > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

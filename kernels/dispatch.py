@@ -80,7 +80,7 @@ def head_config(hidden: Tensor, head: Head) -> HeadConfig:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The key of ``CONFIGS`` for a GPU; those behind the newest are taken for it."""
+    """The key of ``CONFIGS`` for a GPU; one that has no entry is taken for the one with the least shared memory."""
     if torch.version.hip:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(device)
@@ -88,8 +88,9 @@ def architecture(device: torch.device) -> str:
 
 
 def _aligned(matrix: Tensor) -> bool:
-    """Whether every row starts on a multiple of 16 bytes, as the copy engine wants it."""
-    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+    """Whether rows lie apart and start on multiples of 16 bytes, as the copy engine wants them."""
+    apart = matrix.stride(0) >= matrix.shape[1] or len(matrix) <= 1
+    return apart and matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
 
 
 def _tidy(hidden: Tensor, weight: Tensor) -> bool:

@@ -3,8 +3,8 @@
     z = softcap * tanh(x / softcap),   x = logit_scale * (hidden @ weight.T + bias)
 
 ``softcap`` is Gemma-2's ``final_logit_softcapping``; ``logit_scale`` is Cohere's, or 1 / Granite's ``logits_scaling``.
-Low-precision inputs are multiplied with float32 accumulation AND output: bf16 logits would be wrong in the first
-decimal at |z| = 30.
+Low-precision inputs are multiplied with float32 accumulation AND output, under autocast as well: bf16 logits would be
+wrong in the first decimal at |z| = 30.
 """
 
 from dataclasses import dataclass
@@ -63,10 +63,12 @@ def head_logits(
         ``[T, V]`` in ``accumulation_dtype(hidden.dtype)``.
     """
     dtype = accumulation_dtype(hidden.dtype)
-    if hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype != dtype and not hidden.requires_grad:
-        logits = torch.mm(hidden, weight.T, out_dtype=dtype)
-    else:
-        logits = torch.mm(hidden.to(dtype), weight.to(dtype).T, out=out)
+    differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype != dtype and not differentiated:
+            logits = torch.mm(hidden, weight.T, out_dtype=dtype)
+        else:
+            logits = torch.mm(hidden.to(dtype), weight.to(dtype).T, out=out)
     return _finish(logits, bias, softcap, logit_scale)
 
 
@@ -89,7 +91,7 @@ def label_logits(
 
 def _finish(logits: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float | None) -> Tensor:
     """Bias, scale and cap, in place where autograd allows it."""
-    keep = logits.requires_grad or (bias is not None and bias.requires_grad)
+    keep = torch.is_grad_enabled() and (logits.requires_grad or (bias is not None and bias.requires_grad))
     if bias is not None:
         logits = logits + bias if keep else logits.add_(bias)
     if logit_scale is not None and logit_scale != 1.0:

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from lark_fast.kernels.head import Head
 from lark_fast.kernels.softmax_sums_triton import LOG2_E
 
 
@@ -16,8 +17,12 @@ def finish_logits(
     if HAS_SCALE:
         x *= logit_scale
     if HAS_CAP:
-        # tanh(u) = 1 - 2 / (e^(2u) + 1), whose ends are right because exp overflows to inf and underflows to 0.
-        x = softcap * (1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E / softcap)) + 1.0))
+        # tanh(u) = 1 - 2 / (e^(2u) + 1), whose ends are right because exp overflows to inf and underflows to 0. Near 0
+        # it cancels, and the series' first terms are right to float32's last digit.
+        u = x / softcap
+        square = u * u
+        series = u * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
+        x = softcap * tl.where(tl.abs(u) < 0.2, series, 1.0 - 2.0 / (tl.exp2(u * (2.0 * LOG2_E)) + 1.0))
     return x
 
 
@@ -56,3 +61,8 @@ def product(
             b = b.to(tl.float32)
         total = tl.dot(a, b, total, input_precision=PRECISION)
     return total
+
+
+def finish_numbers(head: Head) -> tuple[float, float]:
+    """What ``finish_logits`` takes for logit_scale and softcap: floats, since whole numbers make another kernel."""
+    return tuple(1.0 if number is None else float(number) for number in (head.logit_scale, head.softcap))

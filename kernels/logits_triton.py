@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lark_fast.kernels.head import Head, head_logits
-from lark_fast.kernels.head_triton import finish_logits
+from lark_fast.kernels.head_triton import finish_logits, finish_numbers
 from lark_fast.kernels.softmax_sums import Wanted
 from lark_fast.kernels.softmax_sums_triton import LOWEST, fold, has_gaps, leave_out, no_sums, store_sums
 
@@ -18,17 +18,17 @@ ROWS, COLUMNS, NUM_WARPS = 4, 1024, 4
 MIN_PROGRAMS = 512  # what splits are for: fewer programs than this leave a GPU idle
 MIN_SPLIT_COLUMNS = 8 * COLUMNS
 CHUNK_BYTES = 32 << 20  # of float32 logits: they stay in the L2 cache of an H100 or H200 between their two kernels
-MIN_CHUNK_WORDS = 512
+MAX_CHUNK_ROWS = 8192  # more would leave chunks of too few words for the product
 
 
-@triton.jit(do_not_specialize=["n_rows", "first_column", "split_columns"])
+@triton.jit(do_not_specialize=["n_rows", "first_column", "split_columns", "stride_sums"])
 def _logits_sums(
     logits, labels, label_logit, partials, bias,
-    n_rows, n_columns, first_column, split_columns, stride, logit_scale, softcap,
+    n_rows, n_columns, first_column, split_columns, stride, stride_sums, logit_scale, softcap,
     OWN_LABEL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr,
     BRIER: tl.constexpr, ENTROPY: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """logits [n_rows, n_columns], whose first column is the word first_column -> partials [splits, 5, n_rows].
+    """logits [n_rows, n_columns], whose first column is the word first_column -> partials [splits, 5, stride_sums].
 
     OWN_LABEL: label_logit [n_rows] is found here and written; else it is read.
     """
@@ -60,8 +60,8 @@ def _logits_sums(
         gaps = has_gaps(start, n_columns, label, COLUMNS)
         z = leave_out(z, column, n_columns, label, gaps, True, True)
         m, base, s1, s2, sz, count = fold(z, z_label, m, base, s1, s2, sz, count, BRIER, ENTROPY, RANK)
-    own = partials + split.to(tl.int64) * 5 * n_rows
-    store_sums(own, place, n_rows, m, base, s1, s2, sz, count, BRIER, ENTROPY, RANK)
+    own = partials + split.to(tl.int64) * 5 * stride_sums
+    store_sums(own, place, exists, stride_sums, m, base, s1, s2, sz, count, BRIER, ENTROPY, RANK)
 
 
 def partial_sums(
@@ -77,7 +77,7 @@ def partial_sums(
         head: bias, softcap and scale that the logits still lack (its weight is not looked at); None: they are final.
         label_logit: ``[T]`` float32 where the label's column may be elsewhere; None: it is looked up among the columns.
         first_column: the word that the first column stands for.
-        out: ``[1, 5, T]``, where the sums go, of all columns as one split.
+        out: ``[1, 5, T]``, last axis contiguous, where the sums go, of all columns as one split.
 
     Returns:
         Partial sums ``[splits, 5, T]`` and the labels' logits ``[T]``, NaN where a label is no column's.
@@ -91,15 +91,15 @@ def partial_sums(
     own_label = label_logit is None
     if own_label:
         label_logit = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
-    bias, scale, cap = (None, None, None) if head is None else (head.bias, head.logit_scale, head.softcap)
+    head = Head(logits) if head is None else head
     if n_rows:
         split_columns = triton.cdiv(triton.cdiv(n_columns, n_splits), COLUMNS) * COLUMNS
         _logits_sums[(n_blocks, n_splits)](
-            logits, labels, label_logit, out, bias,
-            n_rows, n_columns, first_column, split_columns, logits.stride(0), float(scale or 1.0), float(cap or 1.0),
-            OWN_LABEL=own_label, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None, HAS_CAP=cap is not None,
-            BRIER=wanted.brier, ENTROPY=wanted.entropy, RANK=wanted.rank, ROWS=ROWS, COLUMNS=COLUMNS,
-            num_warps=NUM_WARPS,
+            logits, labels, label_logit, out, head.bias,
+            n_rows, n_columns, first_column, split_columns, logits.stride(0), out.stride(1), *finish_numbers(head),
+            OWN_LABEL=own_label, HAS_BIAS=head.bias is not None, HAS_SCALE=head.logit_scale is not None,
+            HAS_CAP=head.softcap is not None, BRIER=wanted.brier, ENTROPY=wanted.entropy, RANK=wanted.rank,
+            ROWS=ROWS, COLUMNS=COLUMNS, num_warps=NUM_WARPS,
         )  # fmt: skip
     return out, label_logit
 
@@ -108,15 +108,18 @@ def chunked_partial_sums(
     hidden: Tensor, rows: Tensor | None, head: Head, labels: Tensor, label_logit: Tensor, wanted: Wanted
 ) -> Tensor:
     """``token_stats_triton.partial_sums`` by the library's own matrix product, a chunk of words at a time."""
-    hidden = hidden if rows is None else hidden[rows]
-    n_words = len(head.weight)
-    words = max(MIN_CHUNK_WORDS, CHUNK_BYTES // (4 * max(1, len(hidden))) // COLUMNS * COLUMNS)
-    starts = range(0, n_words, words)
-    partials = torch.empty(len(starts), 5, len(hidden), dtype=torch.float32, device=hidden.device)
-    for split, start in enumerate(starts):
-        chunk = head.columns(start, start + words)
-        partial_sums(
-            head_logits(hidden, chunk.weight), labels, wanted, head=chunk, label_logit=label_logit,
-            first_column=start, out=partials[split : split + 1],
-        )  # fmt: skip
+    n_rows, n_words = len(labels), len(head.weight)
+    block_rows = max(1, min(n_rows, MAX_CHUNK_ROWS))
+    chunk_words = max(COLUMNS, CHUNK_BYTES // (4 * block_rows) // COLUMNS * COLUMNS)
+    starts = range(0, n_words, chunk_words)
+    partials = torch.empty(len(starts), 5, n_rows, dtype=torch.float32, device=hidden.device)
+    for first in range(0, n_rows, block_rows):
+        block = slice(first, first + block_rows)
+        part = hidden[block] if rows is None else hidden[rows[block]]
+        for split, start in enumerate(starts):
+            words = head.columns(start, start + chunk_words)
+            partial_sums(
+                head_logits(part, words.weight), labels[block], wanted, head=words, label_logit=label_logit[block],
+                first_column=start, out=partials[split : split + 1, :, block],
+            )  # fmt: skip
     return partials

@@ -63,7 +63,7 @@ class TokenStats:
     """Statistics of T predicted tokens; each field is ``[T]``, or None where it was not asked for.
 
     Rows whose label is ignored hold NaN (rank 0, agreement False), and so do rows with a NaN or +inf logit, and rows
-    whose label has probability 0 (a logit of -inf).
+    whose label has probability 0 (a logit of -inf). The Triton forms take logits beyond 10^8 for broken, too.
     """
 
     nll: Tensor  # float32 (float64 for float64 inputs), nats
@@ -118,7 +118,7 @@ def finish(partials: Tensor, label_logit: Tensor, wanted: Wanted) -> TokenStats:
     return TokenStats(
         nll=nll.masked_fill(broken, nan),
         brier=brier_score(s1, s2, a).masked_fill(broken, nan) if wanted.brier else None,
-        entropy=(log_total - (sz + x * a) / total).masked_fill(broken, nan) if wanted.entropy else None,
+        entropy=(log_total - (sz + x * a) / total).clamp(min=0.0).masked_fill(broken, nan) if wanted.entropy else None,
         rank=(1 + count).masked_fill(broken, 0).long() if wanted.rank else None,
         agreement=agreement & ~broken,
     )

@@ -80,25 +80,24 @@ def leave_out(z, column, n_columns, label, gaps, CLAMP: tl.constexpr, BRANCH: tl
 
 @triton.jit
 def store_sums(
-    partials, place, n_rows, m, base, s1, s2, sz, count,
+    partials, place, exists, stride, m, base, s1, s2, sz, count,
     BRIER: tl.constexpr, ENTROPY: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Write what ``fold`` left of rows ``place`` [R] into one split's ``partials`` [5, n_rows]."""
-    exists = place < n_rows
+    """Write what ``fold`` left of rows ``place`` [R] that exist into one split's ``partials`` [5, stride]."""
     out = partials + place
-    above = tl.fma(m, LOG2_E, -base)  # of m over base: in (-1, 0]
+    above = tl.fma(m, LOG2_E, -base)  # of m over base: in (-1, 0], or a rounding of a logit beyond 10^7
     factor = tl.exp2(-above)
     sz = (sz - above * s1) * factor * LN_2
     s2 *= factor * factor
     s1 *= factor
     tl.store(out, m, mask=exists)
-    tl.store(out + n_rows, s1, mask=exists)
+    tl.store(out + stride, s1, mask=exists)
     if BRIER:
-        tl.store(out + 2 * n_rows, s2, mask=exists)
+        tl.store(out + 2 * stride, s2, mask=exists)
     if ENTROPY:
-        tl.store(out + 3 * n_rows, sz, mask=exists)
+        tl.store(out + 3 * stride, sz, mask=exists)
     if RANK:
-        tl.store(out + 4 * n_rows, count.to(tl.float32), mask=exists)
+        tl.store(out + 4 * stride, count.to(tl.float32), mask=exists)
 
 
 @triton.jit
@@ -147,13 +146,18 @@ def _finish(
     log_total = tl.where(s1 < a, log1p(s1), tl.log(total))
     loss = log_total - x
     finite = (loss - loss) == 0.0
+    if ENTROPY:
+        # Its terms round to a little below 0 where the row is all but certain. A logit of -inf that no bias explains
+        # makes it NaN: such a row is broken as a whole.
+        spread = log_total - (sz + x * a) / total
+        finite = finite & ((spread - spread) == 0.0)
     nan = float("nan")
     tl.store(nll + place, tl.where(finite, loss, nan), mask=exists)
     tl.store(agreement + place, finite & (z_label >= largest), mask=exists)
     if BRIER:
         tl.store(brier + place, tl.where(finite, (s1 * s1 + s2) / (total * total), nan), mask=exists)
     if ENTROPY:
-        tl.store(entropy + place, tl.where(finite, log_total - (sz + x * a) / total, nan), mask=exists)
+        tl.store(entropy + place, tl.where(finite, tl.maximum(spread, 0.0), nan), mask=exists)
     if RANK:
         tl.store(rank + place, tl.where(finite, 1 + count.to(tl.int64), 0), mask=exists)
 
@@ -172,11 +176,14 @@ def finish(partials: Tensor, label_logit: Tensor, wanted: Wanted) -> TokenStats:
 
 def empty_stats(n_rows: int, wanted: Wanted, device: torch.device) -> TokenStats:
     """Uninitialised statistics of ``n_rows`` rows."""
-    nll, brier, entropy = torch.empty(3, n_rows, dtype=torch.float32, device=device)
+
+    def floats() -> Tensor:  # each with memory of its own, and so at an address as round as the others'
+        return torch.empty(n_rows, dtype=torch.float32, device=device)
+
     return TokenStats(
-        nll=nll,
-        brier=brier if wanted.brier else None,
-        entropy=entropy if wanted.entropy else None,
+        nll=floats(),
+        brier=floats() if wanted.brier else None,
+        entropy=floats() if wanted.entropy else None,
         rank=torch.empty(n_rows, dtype=torch.int64, device=device) if wanted.rank else None,
         agreement=torch.empty(n_rows, dtype=torch.bool, device=device),
     )

@@ -19,14 +19,22 @@ from torch import Tensor
 
 from lark_fast.kernels import dispatch, softmax_sums, token_stats_torch
 from lark_fast.kernels.head import Head, head_logits
+from lark_fast.kernels.head_operands import (
+    along_rows,
+    check_logits,
+    check_operands,
+    check_top_k,
+    for_kernels,
+    keep_in_range,
+    mark_ignored,
+)
 from lark_fast.kernels.softmax_sums import STATISTICS, TokenStats, Wanted, concatenate
 
 IGNORE_INDEX = -100
-# Rows that the chunked and the top-k form take at a time: what bounds their memory.
-CHUNKED_ROWS = 16384
-TOPK_LOGITS_BYTES = 256 << 20
+TOPK_LOGITS_BYTES = 256 << 20  # of float32 logits that top-k makes at a time
 
 
+@torch.no_grad()
 def token_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -43,20 +51,25 @@ def token_stats(
 ) -> TokenStats:
     """Exact nll, Brier score, entropy, rank and agreement of every label, without the ``[T, V]`` logits.
 
-    The result is the same, bit for bit, on every run. On a GPU with ``rows`` given, nothing is read back and nothing
-    waits: a row or label out of range then gives NaN where it otherwise raises.
+    The result is the same, bit for bit, on every run, and carries no gradient: ``linear_cross_entropy`` is the loss.
+    Autocast has no say here. On a GPU with ``rows`` given, the Triton forms read nothing back and nothing waits: a row
+    or label out of range then gives NaN where it otherwise raises.
+
+    A word whose logit equals the label's does not count against its rank. In the fused form that holds for words with
+    the label's very weights too; the other forms sum the two logits in different ways, and rounding decides.
 
     Args:
         hidden: ``[N, D]`` inputs of the output embedding, float32, bfloat16, float16 or (in torch) float64.
         weight: ``[V, D]`` output embedding.
-        labels: ``[T]`` int64 in [0, V), or ``ignore_index``.
-        rows: ``[T]`` int64, the row of ``hidden`` that predicts each label: rows are scored without being copied. None:
-            row t predicts ``labels[t]``, T = N.
+        labels: ``[T]`` int64 or int32 in [0, V), or ``ignore_index``.
+        rows: ``[T]`` int64 or int32, the row of ``hidden`` that predicts each label: the fused form scores them where
+            they lie. None: row t predicts ``labels[t]``, T = N.
         bias: ``[V]`` or None.
         softcap: cap of the logits (Gemma-2), or None.
         logit_scale: factor on the logits (Cohere; 1 / Granite's ``logits_scaling``), or None.
         top_k: also give ``brier_topk`` over the ``top_k`` largest logits (LARK's released code uses 50). A label that
-            ties with the k-th largest logit counts as one of the k.
+            ties with the k-th largest logit counts as one of the k. It has no fused form: blocks of at most 256 MiB of
+            logits are made.
         statistics: names out of "nll", "brier", "entropy", "rank"; what is left out is None and costs nothing. nll and
             agreement always come.
         ignore_index: label of rows to leave out.
@@ -69,19 +82,22 @@ def token_stats(
         ValueError: shapes or devices that do not fit, a label outside [0, V), a row outside [0, N), ``top_k`` below 1,
             an unknown statistic or ``impl``, or one that cannot run here.
     """
-    check_operands(hidden, weight, labels, rows, bias, len(weight), ignore_index)
-    check_top_k(top_k)
     head, wanted = Head(weight, bias, softcap, logit_scale), Wanted.of(statistics)
+    check_operands(hidden, head, labels, rows, len(weight), ignore_index)
+    check_top_k(top_k)
     name = dispatch.head_form(impl, hidden, weight)
+    labels = mark_ignored(labels, ignore_index)
     if rows is not None and hidden.is_cuda:
+        rows, labels = keep_in_range(rows, labels, len(hidden))
         return _statistics(name, hidden, rows, head, labels, wanted, top_k)
-    scored = (labels != ignore_index).nonzero().squeeze(1)
+    scored = (labels >= 0).nonzero().squeeze(1)
     if len(scored) == len(labels):
         return _statistics(name, hidden, rows, head, labels, wanted, top_k)
     own_rows = scored if rows is None else rows[scored]
     return _spread(_statistics(name, hidden, own_rows, head, labels[scored], wanted, top_k), scored, len(labels))
 
 
+@torch.no_grad()
 def token_stats_from_logits(
     logits: Tensor,
     labels: Tensor,
@@ -95,8 +111,8 @@ def token_stats_from_logits(
 
     Args:
         logits: ``[T, V]``, of any floating dtype; not changed.
-        labels: ``[T]`` int64 in [0, V), or ``ignore_index``: such rows are read and come out as NaN. On a GPU nothing
-            is read back, and a label out of range gives NaN as well.
+        labels: ``[T]`` int64 or int32 in [0, V), or ``ignore_index``: such rows are read and come out as NaN. On a GPU
+            nothing is read back, and a label out of range gives NaN as well.
         top_k: as in ``token_stats``.
         statistics: as in ``token_stats``.
         ignore_index: label of rows to leave out.
@@ -105,22 +121,16 @@ def token_stats_from_logits(
     Raises:
         ValueError: as ``token_stats``.
     """
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(
-            f"logits [T, V] and labels [T] are expected, not {tuple(logits.shape)} and {tuple(labels.shape)}"
-        )
+    check_logits(logits, labels, ignore_index)
     check_top_k(top_k)
-    if not logits.is_cuda:
-        check_range("label", labels, logits.shape[1], ignore_index)
-    wanted = Wanted.of(statistics)
-    # A label that is ignored is out of range too, unless somebody chose a word as the mark.
-    labels = labels.masked_fill(labels == ignore_index, -1)
+    wanted, labels = Wanted.of(statistics), mark_ignored(labels, ignore_index)
     if dispatch.logits_form(impl, logits) == "torch":
         return token_stats_torch.from_logits(logits, labels, wanted, top_k)
     with torch.cuda.device_of(logits):
-        return _from_logits(_along_rows(logits), labels.contiguous(), wanted, top_k, None)
+        return _from_logits(along_rows(logits), labels.contiguous(), wanted, top_k, None)
 
 
+@torch.no_grad()
 def token_stats_naive(
     hidden: Tensor,
     weight: Tensor,
@@ -135,7 +145,7 @@ def token_stats_naive(
     ignore_index: int = IGNORE_INDEX,
 ) -> TokenStats:
     """The definition, word for word, with every logit in float64; arguments and result as ``token_stats``."""
-    check_operands(hidden, weight, labels, rows, bias, len(weight), ignore_index)
+    check_operands(hidden, Head(weight, bias, softcap, logit_scale), labels, rows, len(weight), ignore_index)
     check_top_k(top_k)
     hidden = hidden if rows is None else hidden[rows]
     z = head_logits(hidden.double(), weight.double(), bias, softcap, logit_scale)
@@ -202,33 +212,18 @@ def _statistics(
     if name == "torch":
         return token_stats_torch.statistics(hidden, rows, head, labels, wanted, top_k)
     hidden, rows, head, labels = for_kernels(hidden, rows, head, labels)
-    if top_k is not None:
-        block_rows = max(128, TOPK_LOGITS_BYTES // (4 * len(head.weight)) // 128 * 128)
-    else:
-        block_rows = CHUNKED_ROWS if name == "chunked" else max(1, len(labels))
-    parts = []
     with torch.cuda.device_of(hidden):
+        if top_k is None:
+            label_logits, partial_sums, finish = form(name)
+            label_logit = label_logits(hidden, rows, head, labels)
+            return finish(partial_sums(hidden, rows, head, labels, label_logit, wanted), label_logit, wanted)
+        block_rows = max(128, TOPK_LOGITS_BYTES // (4 * len(head.weight)) // 128 * 128)
+        parts = []
         for start in range(0, max(1, len(labels)), block_rows):
             block = slice(start, start + block_rows)
-            part, some = (hidden[block], None) if rows is None else (hidden, rows[block])
-            if top_k is None:
-                label_logits, partial_sums, finish = form(name)
-                label_logit = label_logits(part, some, head, labels[block])
-                partials = partial_sums(part, some, head, labels[block], label_logit, wanted)
-                parts.append(finish(partials, label_logit, wanted))
-            else:
-                logits = head_logits(part if some is None else part[some], head.weight)
-                parts.append(_from_logits(logits, labels[block], wanted, top_k, head))
-    return concatenate(parts)
-
-
-def for_kernels(
-    hidden: Tensor, rows: Tensor | None, head: Head, labels: Tensor
-) -> tuple[Tensor, Tensor | None, Head, Tensor]:
-    """The operands with the strides that kernels take; only what has others is copied."""
-    bias = None if head.bias is None else head.bias.contiguous()
-    head = replace(head, weight=_along_rows(head.weight), bias=bias)
-    return _along_rows(hidden), None if rows is None else rows.contiguous(), head, labels.contiguous()
+            logits = head_logits(hidden[block] if rows is None else hidden[rows[block]], head.weight)
+            parts.append(_from_logits(logits, labels[block], wanted, top_k, head))
+        return concatenate(parts)
 
 
 def _from_logits(logits: Tensor, labels: Tensor, wanted: Wanted, top_k: int | None, head: Head | None) -> TokenStats:
@@ -243,11 +238,6 @@ def _from_logits(logits: Tensor, labels: Tensor, wanted: Wanted, top_k: int | No
     return replace(stats, brier_topk=brier_topk(logits, labels, top_k, **rest))
 
 
-def _along_rows(matrix: Tensor) -> Tensor:
-    """With a contiguous last axis, which is what the kernels read along."""
-    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
-
-
 def _spread(stats: TokenStats, places: Tensor, n: int) -> TokenStats:
     """Statistics of tokens that stand at ``places`` of n; the others were ignored."""
 
@@ -256,51 +246,3 @@ def _spread(stats: TokenStats, places: Tensor, n: int) -> TokenStats:
         return values.new_full((n,), blank).index_copy_(0, places, values)
 
     return stats.map(spread)
-
-
-def check_operands(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    rows: Tensor | None,
-    bias: Tensor | None,
-    n_words: int,
-    ignore_index: int,
-) -> None:
-    """Raises ValueError where shapes or devices do not fit, and for values out of range where looking costs no wait."""
-    if hidden.ndim != 2 or weight.ndim != 2 or labels.ndim != 1:
-        raise ValueError(
-            f"hidden [N, D], weight [V, D] and labels [T] are expected, not {tuple(hidden.shape)}, "
-            f"{tuple(weight.shape)} and {tuple(labels.shape)}"
-        )
-    if hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"D differs: hidden has {hidden.shape[1]}, weight has {weight.shape[1]}")
-    if rows is None and hidden.shape[0] != labels.shape[0]:
-        raise ValueError(f"T differs: hidden has {hidden.shape[0]}, labels has {labels.shape[0]}")
-    if rows is not None and rows.shape != labels.shape:
-        raise ValueError(f"rows is [T] = [{labels.shape[0]}], not {tuple(rows.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias is [V] = [{weight.shape[0]}], not {tuple(bias.shape)}")
-    others = (weight, labels, rows, bias)
-    if any(tensor is not None and tensor.device != hidden.device for tensor in others):
-        raise ValueError(f"hidden is on {hidden.device}, and weight, labels, rows or bias is not")
-    if hidden.is_cuda and rows is not None:
-        return
-    check_range("label", labels, n_words, ignore_index)
-    if rows is not None:
-        check_range("row", rows, hidden.shape[0], None)
-
-
-def check_range(name: str, values: Tensor, end: int, ignored: int | None) -> None:
-    """Raises ValueError where a value that is not ``ignored`` is outside [0, end)."""
-    outside = (values < 0) | (values >= end)
-    if ignored is not None:
-        outside &= values != ignored
-    if outside.any():
-        raise ValueError(f"{name} {values[outside][0].item()} is outside [0, {end})")
-
-
-def check_top_k(top_k: int | None) -> None:
-    """Raises ValueError where ``top_k`` is below 1."""
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k}: at least 1")

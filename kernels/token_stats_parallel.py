@@ -14,10 +14,12 @@ from torch import Tensor
 
 from lark_fast.kernels import dispatch
 from lark_fast.kernels.head import Head
+from lark_fast.kernels.head_operands import check_operands, for_kernels, keep_in_range, mark_ignored
 from lark_fast.kernels.softmax_sums import STATISTICS, TokenStats, Wanted, merge
-from lark_fast.kernels.token_stats import IGNORE_INDEX, check_operands, for_kernels, form
+from lark_fast.kernels.token_stats import IGNORE_INDEX, form
 
 
+@torch.no_grad()
 def token_stats_vocab_parallel(
     hidden: Tensor,
     weight: Tensor,
@@ -51,12 +53,14 @@ def token_stats_vocab_parallel(
     sizes = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=hidden.device)
     dist.all_gather_into_tensor(sizes, sizes.new_tensor([len(weight)]), group=group)
     ends = list(itertools.accumulate(sizes.tolist(), initial=0))
-    check_operands(hidden, weight, labels, rows, bias, ends[-1], ignore_index)
-    wanted = Wanted.of(statistics)
+    head, wanted = Head(weight, bias, softcap, logit_scale), Wanted.of(statistics)
+    check_operands(hidden, head, labels, rows, ends[-1], ignore_index)
     label_logits, partial_sums, finish = form(name := dispatch.head_form(impl, hidden, weight))
-    known = (labels >= 0) & (labels < ends[-1]) & (labels != ignore_index)
+    labels = mark_ignored(labels, ignore_index)
+    if rows is not None:
+        rows, labels = keep_in_range(rows, labels, len(hidden))
+    known = (labels >= 0) & (labels < ends[-1])
     own_labels = labels - ends[dist.get_rank(group)]  # out of [0, V_r) where the word is another's
-    head = Head(weight, bias, softcap, logit_scale)
     if name != "torch":
         hidden, rows, head, own_labels = for_kernels(hidden, rows, head, own_labels)
     with torch.cuda.device_of(hidden):

@@ -138,6 +138,8 @@ class _Walk:
         needed; so the k largest are in the k groups with the largest maxima, and once k are known, in those groups
         whose maximum exceeds the smallest of them.
         """
+        if len(z) == 0:
+            return
         n_groups = z.shape[1] // GROUP
         groups = z[:, : n_groups * GROUP].unflatten(1, (GROUP, n_groups))  # [T, GROUP, n]; a group's columns lie apart
         maxima = groups.amax(1)

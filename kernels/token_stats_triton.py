@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lark_fast.kernels.dispatch import HALF, HeadConfig, head_config
 from lark_fast.kernels.head import Head
-from lark_fast.kernels.head_triton import finish_logits, product
+from lark_fast.kernels.head_triton import finish_logits, finish_numbers, product
 from lark_fast.kernels.softmax_sums import Wanted
 from lark_fast.kernels.softmax_sums_triton import fold, has_gaps, leave_out, no_sums, store_sums
 
@@ -27,16 +27,17 @@ MAX_SPLITS = 64
 INTERPRETED = triton.knobs.runtime.interpret
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_hidden", "n_words"])
+@triton.jit(do_not_specialize=["n_rows", "n_words"])
 def _label_logits(
     hidden, weight, bias, rows, labels, out,
-    n_rows, n_hidden, n_words, stride_hidden, stride_weight, logit_scale, softcap,
+    n_rows, n_words, stride_hidden, stride_weight, logit_scale, softcap,
     D: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr,
     ROWS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr, RAISE: tl.constexpr,
 ):  # fmt: skip
     """Each row's logit for its own label [n_rows], NaN where the label is no word."""
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row, label, known = _rows_and_labels(rows, labels, place, n_rows, n_hidden, n_words, HAS_ROWS)
+    row, label = _rows_and_labels(rows, labels, place, n_rows, HAS_ROWS)
+    known = (label >= 0) & (label < n_words)
     word = tl.where(known, label, 0)
     square = product(
         hidden, weight, row, word, D, stride_hidden, stride_weight, ROWS, ROWS, INNER, False, False, PRECISION, RAISE
@@ -49,24 +50,17 @@ def _label_logits(
 
 
 @triton.jit
-def _rows_and_labels(rows, labels, place, n_rows, n_hidden, n_words, HAS_ROWS: tl.constexpr):
-    """Row of hidden (in range), label and whether both are what they should be, of places [R], int64."""
+def _rows_and_labels(rows, labels, place, n_rows, HAS_ROWS: tl.constexpr):
+    """Row of hidden and label of places [R], int64; those of the last place behind the end."""
     inside = tl.minimum(place, n_rows - 1)
-    label = tl.load(labels + inside).to(tl.int64)
-    known = (label >= 0) & (label < n_words)
-    if HAS_ROWS:
-        row = tl.load(rows + inside).to(tl.int64)
-        known = known & (row >= 0) & (row < n_hidden)
-        row = tl.where(known, row, 0)
-    else:
-        row = inside.to(tl.int64)
-    return row, label, known
+    row = (tl.load(rows + inside) if HAS_ROWS else inside).to(tl.int64)
+    return row, tl.load(labels + inside).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_hidden", "n_words", "n_splits", "split_tiles", "group"])
+@triton.jit(do_not_specialize=["n_rows", "n_words", "n_splits", "split_tiles", "group"])
 def _partial_sums(
     hidden, weight, bias, rows, labels, label_logit, partials,
-    n_rows, n_hidden, n_words, n_splits, split_tiles, group, stride_hidden, stride_weight, logit_scale, softcap,
+    n_rows, n_words, n_splits, split_tiles, group, stride_hidden, stride_weight, logit_scale, softcap,
     D: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr,
     BRIER: tl.constexpr, ENTROPY: tl.constexpr, RANK: tl.constexpr,
     ROWS: tl.constexpr, WORDS: tl.constexpr, INNER: tl.constexpr, SLICES: tl.constexpr, FLATTEN: tl.constexpr,
@@ -81,7 +75,7 @@ def _partial_sums(
     split = within // members
     first_row = (first + within % members) * ROWS
     place = first_row + tl.arange(0, ROWS)
-    row, label, _ = _rows_and_labels(rows, labels, place, n_rows, n_hidden, n_words, HAS_ROWS)
+    row, label = _rows_and_labels(rows, labels, place, n_rows, HAS_ROWS)
     if ROW_BOXES:
         row = first_row
     label = label.to(tl.int32)
@@ -108,7 +102,7 @@ def _partial_sums(
             z = leave_out(z, column, n_words, label, gaps, HAS_BIAS, not FLATTEN)
             m, base, s1, s2, sz, count = fold(z, z_label, m, base, s1, s2, sz, count, BRIER, ENTROPY, RANK)
     own = partials + split.to(tl.int64) * 5 * n_rows
-    store_sums(own, place, n_rows, m, base, s1, s2, sz, count, BRIER, ENTROPY, RANK)
+    store_sums(own, place, place < n_rows, n_rows, m, base, s1, s2, sz, count, BRIER, ENTROPY, RANK)
 
 
 def label_logits(
@@ -134,7 +128,7 @@ def partial_sums(
 
     Args:
         hidden: ``[N, D]``, last axis contiguous.
-        rows: ``[T]`` int64, which rows of ``hidden``; None: all of them.
+        rows: ``[T]`` int64 in [0, N), which rows of ``hidden``; None: all of them.
         head: weight ``[V, D]``, last axis contiguous, in the dtype of ``hidden``.
         labels: ``[T]`` int64.
         label_logit: ``[T]`` float32, what ranks are counted against.
@@ -148,14 +142,14 @@ def partial_sums(
     n_splits = triton.cdiv(n_tiles, split_tiles)
     partials = torch.empty(n_splits, 5, n_rows, dtype=torch.float32, device=hidden.device)
     if n_rows:
-        n_hidden, n_words, *rest = _sizes(hidden, head)
+        n_words, *rest = _sizes(hidden, head)
         row_boxes = config.boxes and rows is None
         of_hidden = TensorDescriptor.from_tensor(hidden, [config.rows, config.inner]) if row_boxes else hidden
         weight = head.weight
         of_weight = TensorDescriptor.from_tensor(weight, [config.words, config.inner]) if config.boxes else weight
         _partial_sums[(n_blocks * n_splits,)](
             of_hidden, of_weight, head.bias, rows, labels, label_logit, partials,
-            n_rows, n_hidden, n_words, n_splits, split_tiles, _group(hidden, config, n_blocks), *rest,
+            n_rows, n_words, n_splits, split_tiles, _group(hidden, config, n_blocks), *rest,
             **_head_flags(hidden, rows, head), BRIER=wanted.brier, ENTROPY=wanted.entropy, RANK=wanted.rank,
             ROWS=config.rows, WORDS=config.words, INNER=config.inner, SLICES=config.slices, FLATTEN=config.flatten,
             ROW_BOXES=row_boxes, WORD_BOXES=config.boxes,
@@ -166,8 +160,7 @@ def partial_sums(
 
 def _sizes(hidden: Tensor, head: Head) -> tuple[int | float, ...]:
     strides = hidden.stride(0), head.weight.stride(0)
-    # Whole numbers would be integers of another kernel.
-    return len(hidden), len(head.weight), *strides, float(head.logit_scale or 1.0), float(head.softcap or 1.0)
+    return len(head.weight), *strides, *finish_numbers(head)
 
 
 def _head_flags(hidden: Tensor, rows: Tensor | None, head: Head) -> dict[str, bool | int | str]:

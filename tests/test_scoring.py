@@ -9,7 +9,7 @@ import torch
 from lark_fast import Scorer, g_hat
 from lark_fast.kernels.token_stats import IGNORE_INDEX, token_stats_naive
 from lark_fast.pool.records import normalise
-from lark_fast.rendering.renderer import RenderOptions
+from lark_fast.rendering.renderer import Rendered, RenderOptions
 from lark_fast.student import Student
 from tests.eager import eager_g_hat, eager_scores
 from tests.templates import CHATML
@@ -190,3 +190,16 @@ def test_score_tokens_refuses_what_is_no_word():
         scorer.score_tokens([1, 60, 2], [-100, 3, 2])
     with pytest.raises(ValueError, match="a label is neither -100 nor"):
         scorer.score_tokens([1, 5, 2], [-100, 3, 60])
+
+
+@pytest.mark.parametrize("impl", ["fused", "chunked"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite"])
+def test_every_form_of_the_head_gives_the_same_scores(name, impl):
+    model = TINY_MODELS[name](300)
+    ids = torch.randint(0, 300, (3, 25), generator=torch.Generator().manual_seed(5)).tolist()
+    rendered = [Rendered(input_ids=row, labels=[-100] * 7 + row[7:], truncated=False) for row in ids]
+    for top_k in (None, 9):
+        plain, kernels = (Scorer(model, top_k=top_k, impl=form).score_rendered(rendered) for form in ("torch", impl))
+        for a, b in zip(plain, kernels, strict=True):
+            for field in ("nll", "brier_used", "entropy", "rank_mean", "rsr", "rho"):
+                assert getattr(a, field) == pytest.approx(getattr(b, field), rel=1e-5), field

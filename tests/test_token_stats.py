@@ -284,20 +284,104 @@ def test_the_same_bits_on_every_run(form):
     assert_same_bits(first, second)
 
 
+@pytest.mark.parametrize("offset", [0, 1], ids=["boxes", "pointers"])
 @pytest.mark.parametrize("form", ["fused", "chunked"])
-def test_operands_beyond_2_to_the_31(form):
+def test_operands_beyond_2_to_the_31(form, offset):
     # Rows 2^30 numbers apart; only the pages that are written are ever real memory.
     hidden, weight, labels = problem(4, 32, 4, dtype=torch.float16)
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         far_hidden, far_weight = (
-            torch.empty(3 * 2**30 + 32, dtype=torch.float16, device=DEVICE).as_strided((4, 32), (2**30, 1)).copy_(near)
+            torch.empty(3 * 2**30 + 33, dtype=torch.float16, device=DEVICE)
+            .as_strided((4, 32), (2**30, 1), offset)
+            .copy_(near)
             for near in (hidden, weight)
         )
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = True
     near, far = (token_stats(h, w, labels, impl=form) for h, w in ((hidden, weight), (far_hidden, far_weight)))
     assert_same_bits(near, far)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("ignored", [False, True])
+def test_nothing_to_score_in_a_vocabulary_of_several_blocks(form, ignored):
+    hidden, weight, labels = problem(3, 8, 9000)
+    hidden, labels = (hidden, torch.full_like(labels, IGNORE_INDEX)) if ignored else (hidden[:0], labels[:0])
+    stats = token_stats(hidden, weight, labels, top_k=50, impl=form)
+    assert stats.brier_topk.isnan().all()
+    assert len(stats.nll) == len(labels)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_inside_a_training_loop(form):
+    # Parameters that want gradients, hidden states that have them, and autocast to bf16 around it all.
+    hidden, weight, labels = problem(20, 32, 4100 if form == "torch" else 200)
+    plain = token_stats(hidden, weight, labels, top_k=5, impl=form)
+    parameter = torch.nn.Parameter(weight)
+    grown = hidden.clone().requires_grad_() * 1.0
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        trained = token_stats(grown, parameter, labels, top_k=5, impl=form)
+        exact = token_stats(grown, parameter, labels, impl=form)
+    assert_same_bits(plain, trained)
+    assert not trained.nll.requires_grad
+    torch.testing.assert_close(exact.nll, plain.nll, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_word_may_be_the_mark_of_what_is_ignored(form):
+    hidden, weight, labels = problem(12, 8, 60)
+    labels[::3] = 3
+    rows = torch.arange(12, device=DEVICE)
+    for some in (None, rows):
+        stats = token_stats(hidden, weight, labels.int(), rows=some, ignore_index=3, impl=form)
+        assert torch.equal(stats.nll.isnan(), labels == 3)
+    impl = "torch" if form == "torch" else "triton"
+    stats = token_stats_from_logits(hidden @ weight.T, labels, ignore_index=3, impl=impl)
+    assert torch.equal(stats.nll.isnan(), labels == 3)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.5, 2])
+@pytest.mark.parametrize("form", FORMS)
+def test_any_logit_scale(form, scale):
+    hidden, weight, labels = problem(20, 16, 300, 2.0)
+    ours, truth = (
+        f(hidden, weight, labels, top_k=4, logit_scale=scale, **rest)
+        for f, rest in ((token_stats, {"impl": form}), (token_stats_naive, {}))
+    )
+    assert_close(ours, truth, rtol=1e-4)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 30, 1e3, 1e6])
+@pytest.mark.parametrize("form", FORMS)
+def test_any_softcap(form, softcap):
+    hidden, weight, labels = problem(20, 16, 300, 6.0)
+    ours, truth = (
+        f(hidden, weight, labels, softcap=softcap, **rest)
+        for f, rest in ((token_stats, {"impl": form}), (token_stats_naive, {}))
+    )
+    assert_close(ours, truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_broken_word_breaks_rows_as_a_whole(form):
+    hidden, weight, labels = problem(20, 8, 100)
+    labels = labels.clamp(max=49)
+    weight[77, 3] = float("-inf")
+    stats = token_stats(hidden, weight, labels, impl=form)
+    assert stats.nll[hidden[:, 3] < 0].isnan().all()  # a logit of +inf
+    for field in ("brier", "entropy"):
+        assert torch.equal(getattr(stats, field).isnan(), stats.nll.isnan())
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_from_logits_over_several_splits(impl):
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(5, 20000, generator=g).mul(4).to(DEVICE)
+    labels = torch.tensor([0, 8191, 8192, 16383, 19999], device=DEVICE)
+    ours, truth = token_stats_from_logits(logits, labels, impl=impl), token_stats_from_logits_naive(logits, labels)
+    assert_close(ours, truth)
+    assert_same_order(ours, truth)
 
 
 @settings(max_examples=30, deadline=None)
@@ -349,6 +433,10 @@ def test_from_logits_takes_the_logits_of_a_model_as_they_are(impl):
         ({"rows": torch.tensor([0, 1, 3])}, "row 3"),
         ({"top_k": 0}, "top_k=0"),
         ({"bias": torch.zeros(6)}, "bias"),
+        ({"softcap": 0.0}, "softcap=0.0"),
+        ({"labels": torch.zeros(3, dtype=torch.uint8)}, "int64 or int32"),
+        ({"hidden": torch.zeros(3, 0), "weight": torch.zeros(7, 0)}, "at least 1"),
+        ({"hidden": torch.zeros(0, 5), "weight": torch.zeros(0, 5), "labels": torch.zeros(0).long()}, "at least 1"),
         ({"statistics": ("nll", "loss")}, "loss"),
         ({"statistics": "nll"}, "collection"),
         ({"impl": "cuda"}, "'fused'"),

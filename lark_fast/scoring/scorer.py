@@ -83,6 +83,7 @@ class Scorer:
             (50); None: the exact one.
         options: how records are rendered and which of their tokens are scored.
         tokens_per_batch: padded tokens of one forward pass; None picks by device.
+        impl: the form of the head, as in ``token_stats``: all agree to 1e-5 of a score.
 
     Raises:
         ValueError: the model has no head that this package understands.
@@ -97,9 +98,10 @@ class Scorer:
         options: RenderOptions | None = None,
         chat_template: str | None = None,
         tokens_per_batch: int | None = None,
+        impl: str = "auto",
     ) -> None:
         self.student = model if isinstance(model, Student) else Student(model, tokenizer)
-        self.top_k = top_k
+        self.top_k, self.impl = top_k, impl
         self.options = options or RenderOptions()
         default = GPU_TOKENS_PER_BATCH if self.student.device.type == "cuda" else CPU_TOKENS_PER_BATCH
         self.tokens_per_batch = tokens_per_batch or default
@@ -240,6 +242,7 @@ class Scorer:
             softcap=head.softcap,
             logit_scale=head.logit_scale,
             top_k=self.top_k,
+            impl=self.impl,
         )
         return _split(stats, trajectory_reduce(stats, bounds, max_rank=MAX_RANK), cu_seqlens)
 
