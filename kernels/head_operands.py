@@ -17,8 +17,9 @@ def check_operands(
     """
     weight, bias = head.weight, head.bias
     if hidden.ndim != 2 or weight.ndim != 2 or labels.ndim != 1:
+        n = "T" if rows is None else "N"
         raise ValueError(
-            f"hidden [N, D], weight [V, D] and labels [T] are expected, not {tuple(hidden.shape)}, "
+            f"hidden [{n}, D], weight [V, D] and labels [T] are expected, not {tuple(hidden.shape)}, "
             f"{tuple(weight.shape)} and {tuple(labels.shape)}"
         )
     if hidden.shape[1] != weight.shape[1]:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lark_fast.kernels.head import accumulation_dtype, head_logits
+from lark_fast.kernels.head import Head, accumulation_dtype, head_logits
+from lark_fast.kernels.head_operands import check_operands
 
 IGNORE_INDEX = -100
 # Logits that exist at one time. A CPU wants them in its cache; a GPU wants many rows for each pass over weight.
@@ -159,7 +160,7 @@ def linear_cross_entropy(
     """
     if impl not in ("auto", "torch"):
         raise ValueError(f"impl={impl!r}: this build has 'auto' and 'torch'")
-    _check(hidden, weight, labels, token_weights, bias, ignore_index)
+    _check(hidden, Head(weight, bias, softcap, logit_scale), labels, token_weights, ignore_index)
     token_weights = _weights(hidden, labels, token_weights, ignore_index)
     counts = token_weights != 0
     if not counts.all():
@@ -182,10 +183,9 @@ def linear_cross_entropy_naive(
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """The definition with all logits at once, differentiated by autograd; arguments as ``linear_cross_entropy``."""
-    _check(hidden, weight, labels, token_weights, bias, ignore_index)
+    _check(hidden, Head(weight, bias, softcap, logit_scale), labels, token_weights, ignore_index)
     token_weights = _weights(hidden, labels, token_weights, ignore_index)
-    with torch.autocast(hidden.device.type, enabled=False):
-        z = head_logits(hidden, weight, bias, softcap, logit_scale)
+    z = head_logits(hidden, weight, bias, softcap, logit_scale)
     label = labels.where(labels != ignore_index, 0).unsqueeze(1)
     nll = (z.logsumexp(1, keepdim=True) - z.gather(1, label)).squeeze(1)
     return (token_weights * nll).sum()
@@ -200,29 +200,9 @@ def _weights(hidden: Tensor, labels: Tensor, token_weights: Tensor | None, ignor
     return token_weights.to(dtype).where(scored, 0.0)
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    token_weights: Tensor | None,
-    bias: Tensor | None,
-    ignore_index: int,
-) -> None:
-    if hidden.ndim != 2 or weight.ndim != 2 or labels.ndim != 1:
-        raise ValueError(
-            f"hidden [T, D], weight [V, D] and labels [T] are expected, not {tuple(hidden.shape)}, "
-            f"{tuple(weight.shape)} and {tuple(labels.shape)}"
-        )
-    if hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"D differs: hidden has {hidden.shape[1]}, weight has {weight.shape[1]}")
-    if hidden.shape[0] != labels.shape[0]:
-        raise ValueError(f"T differs: hidden has {hidden.shape[0]}, labels has {labels.shape[0]}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias is [V] = [{weight.shape[0]}], not {tuple(bias.shape)}")
+def _check(hidden: Tensor, head: Head, labels: Tensor, token_weights: Tensor | None, ignore_index: int) -> None:
+    check_operands(hidden, head, labels, None, len(head.weight), ignore_index)
     if token_weights is not None and token_weights.shape != labels.shape:
         raise ValueError(f"token_weights is [T] = [{labels.shape[0]}], not {tuple(token_weights.shape)}")
     if token_weights is not None and token_weights.requires_grad:
         raise ValueError("token_weights are constants: pass token_weights.detach()")
-    outside = (labels != ignore_index) & ((labels < 0) | (labels >= weight.shape[0]))
-    if outside.any():
-        raise ValueError(f"label {labels[outside][0].item()} is outside [0, {weight.shape[0]})")
