@@ -125,7 +125,7 @@ def launches(arch: str) -> Iterator[Launch]:
         for dtype in (torch.float32, torch.bfloat16):
             # 50257 is no multiple of 16: its rows cannot be read in wide loads.
             yield from (from_logits(dtype, words, wanted) for words in (V, 50257))
-    yield chunk()
+    yield from (unfinished(chunked) for chunked in (True, False))
     for dtype in (torch.float32, torch.bfloat16):
         yield from (top_k(dtype, words, 50, False) for words in (V, 50257))
     yield top_k(torch.float32, V, 50, True)
@@ -166,14 +166,15 @@ def from_logits(dtype: torch.dtype, words: int, wanted: Wanted) -> Launch:
     )
 
 
-def chunk() -> Launch:
-    words = head(torch.bfloat16, 64, ("bias", "softcap", "logit_scale")).columns(0, 1024)
+def unfinished(chunked: bool) -> Launch:
+    """Logits that still lack bias, cap and scale: a chunk of words, or all of them with the label's own among them."""
+    words = head(torch.bfloat16, 64, ("bias", "softcap", "logit_scale"))
+    rest = {"label_logit": empty(T), "first_column": 2048, "out": empty(1, 5, T)} if chunked else {}
+    n = 1024 if chunked else V
     return Launch(
         "logits_sums",
-        "of a chunk",
-        lambda: logits_triton.partial_sums(
-            empty(T, 1024), whole(T), ALL, head=words, label_logit=empty(T), first_column=2048, out=empty(1, 5, T)
-        ),
+        f"float32 V={n} bias, cap, scale",
+        lambda: logits_triton.partial_sums(empty(T, n), whole(T), ALL, head=words.columns(0, n), **rest),
     )
 
 

@@ -137,7 +137,11 @@ def optional_peer(module: str, needs_cuda: bool = False) -> ModuleType | None:
     if find_spec(module.partition(".")[0]) is None:
         note_missing(f"{module.partition('.')[0]} (not installed)")
         return None
-    return import_module(module)
+    try:
+        return import_module(module)
+    except Exception as error:  # it is here and does not work with what else is
+        note_missing(f"{module.partition('.')[0]} ({type(error).__name__}: {error})"[:200])
+        return None
 
 
 def note_missing(peer: str) -> None:

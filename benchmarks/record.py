@@ -1,8 +1,8 @@
 """``python -m benchmarks.record --out FILE.json --commit SHA``: what the kernels do on this machine, as one object.
 
 First every implementation on fresh operands against float64 (correctness.py): what is wrong has no time, and the exit
-status is 1. Then ours, the limit and the peers in turn, with raw samples. The file is renewed after every step, so a
-run that is cut short leaves what it had.
+status is 1. Then ours, the limit and the peers in turn, with raw samples. The file is renewed after every step, and a
+line says what comes next, so a run that is cut short leaves what it had and where it was.
 
 ``--only NAME`` (may be repeated) keeps what has NAME in its name, ``--tiny`` takes sizes that prove the path and
 measure nothing, ``--fingerprint`` prints the kernels' fingerprints, ``--tune`` times the candidates of dispatch.py.
@@ -10,6 +10,7 @@ measure nothing, ``--fingerprint`` prints the kernels' fingerprints, ``--tune`` 
 
 import argparse
 import json
+import math
 import os
 import platform
 import secrets
@@ -55,14 +56,18 @@ def main(arguments: list[str] | None = None) -> int:
     for name, build in _steps(options.tiny):
         if _kept(name, options.only):
             torch.compiler.reset()  # it gives up on a function that it has compiled for eight shapes
-            _time(record, build(), wrong, options.tiny)
-            record["kernels"] = timing.compiled_kernels()
+            if problem := _problem(lambda make=build: _time(record, make(), wrong, options.tiny)):
+                record["stopped"].append({"name": name, "problem": problem})
+                print(f"{name}: {problem}", file=sys.stderr, flush=True)
             record["missing_peers"] = list(missing_peers)
             _write(options.out, record)
             torch.cuda.empty_cache()
+    if problem := _problem(lambda: record.update(kernels=timing.compiled_kernels())):
+        record["stopped"].append({"name": "registers of kernels", "problem": problem})
+    _write(options.out, record)
     for name in sorted(wrong):
         print(f"wrong, so not timed: {name}", file=sys.stderr)
-    return 1 if wrong else 0
+    return 1 if wrong or record["stopped"] else 0
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -98,6 +103,7 @@ def _machine(commit: str) -> dict:
         "results": [],
         "kernels": [],
         "missing_peers": [],
+        "stopped": [],  # what ended before its time, and how
     }
 
 
@@ -114,12 +120,22 @@ def _correctness(record: dict, options: argparse.Namespace) -> set[str]:
     """Fill in ``correctness``; the names of what is wrong, "workload/implementation"."""
     record["seed"] = options.seed
     wrong = set()
-    for case in correctness.cases(options.seed, options.tiny):
-        if _kept(case.name, options.only):
-            entries = correctness.check(case)
-            record["correctness"] += entries
-            if not all(entry["ok"] for entry in entries):
-                wrong.add(case.name)
+
+    def check_all() -> None:
+        for case in correctness.cases(options.seed, options.tiny):
+            if _kept(case.name, options.only):
+                _tell(f"check {case.name}, {case.shape} {case.dtype}, {case.operands}")
+                entries = correctness.check(case)
+                record["correctness"] += entries
+                if not all(entry["ok"] for entry in entries):
+                    wrong.add(case.name)
+                _write(options.out, record)
+
+    if problem := _problem(check_all):  # operands could not be made: what is not checked is not timed
+        record["stopped"].append({"name": "correctness", "problem": problem})
+        _write(options.out, record)
+        print(f"correctness: {problem}", file=sys.stderr, flush=True)
+        raise SystemExit(1)
     _write(options.out, record)
     return wrong
 
@@ -136,7 +152,8 @@ def _steps(tiny: bool) -> Iterator[Step]:
         yield head.LIGHT, partial(head.head, *shape, statistics=head.NLL_BRIER)
     for shape in shapes:
         yield head.TOPK, partial(head.head, *shape, top_k=head.TOP_K)
-    yield head.ROWS, partial(head.scored_rows, *shapes[0])
+    for shape in shapes:
+        yield head.ROWS, partial(head.scored_rows, *shape)
     for shape in logits_shapes:
         yield head.FROM_LOGITS, partial(head.from_logits, *shape)
     yield trajectories.NAME, partial(trajectories.reduction, n)
@@ -160,6 +177,7 @@ def _time(record: dict, workload: Workload, wrong: set[str], tiny: bool) -> None
             note_missing(f"{peer}: {problem}")
     if not ours:
         return
+    _tell(f"time {workload.name}, {workload.shape} {about['dtype']}")
     samples = timing.take_turns({**ours, "limit": workload.limit, **peers}, 0.0 if tiny else SECONDS)
     medians = {name: median(own) for name, own in samples.items()}
     limit_ms = medians["limit"] * workload.limit_scale
@@ -190,6 +208,11 @@ def _problem(run: Callable[[], object]) -> str | None:
     return None
 
 
+def _tell(line: str) -> None:
+    """Where a run is, said before it goes there: whatever hangs or kills it is the last line."""
+    print(f"{datetime.now(UTC):%H:%M:%S} {line}", flush=True)
+
+
 def _kept(name: str, only: list[str]) -> bool:
     return not only or any(part in name for part in only)
 
@@ -198,8 +221,17 @@ def _write(out: Path, record: dict) -> None:
     """The file appears whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    draft.write_text(json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
     draft.replace(out)
+
+
+def _finite(value: object) -> object:
+    """The same with null for every number that JSON does not know; such an error is over any budget."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

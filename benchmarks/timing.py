@@ -13,6 +13,7 @@ from benchmarks.comparison import DEVICE, Run
 from benchmarks.fingerprint import KERNELS
 
 CUDA = DEVICE.type == "cuda"
+BUSY_CYCLES = 2_000_000  # of the GPU's clock: about a millisecond
 MIN_ROUNDS, MAX_ROUNDS = (8, 30) if CUDA else (3, 30)
 
 
@@ -29,16 +30,19 @@ def take_turns(runs: Mapping[str, Run], seconds: float) -> dict[str, list[float]
         clock(run)
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / (time.perf_counter() - started))))
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            samples[name].append(clock(run))
+    names = list(runs)
+    for turn in range(rounds):
+        # Another one begins each round: whoever follows a run that heats or cools the chip is not always the same.
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            samples[name].append(clock(runs[name]))
     return samples
 
 
 def _cuda_clock() -> Any:
     """Between two events on the stream, the L2 cache full of something else.
 
-    The write that fills the cache also keeps the stream busy while the launches of ``run`` are being queued.
+    The stream is kept busy while the launches of ``run`` are being queued, so what counts is what the GPU does; a run
+    that waits for the GPU on the way, as ``token_stats`` does without ``rows``, shows what its wait costs.
     """
     flush = torch.empty(4 * torch.cuda.get_device_properties(DEVICE).L2_cache_size, dtype=torch.uint8, device=DEVICE)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -46,6 +50,7 @@ def _cuda_clock() -> Any:
     def milliseconds(run: Run) -> float:
         torch.cuda.synchronize()
         flush.zero_()
+        torch.cuda._sleep(BUSY_CYCLES)
         start.record()
         run()
         end.record()

@@ -8,13 +8,8 @@ from torch import Tensor
 from lark_fast.kernels.head import Head
 
 
-def check_operands(
-    hidden: Tensor, head: Head, labels: Tensor, rows: Tensor | None, n_words: int, ignore_index: int
-) -> None:
-    """Raises ValueError where shapes, dtypes or devices do not fit, and for values out of range where that is free.
-
-    ``n_words``: what labels lie below; more than ``head.weight`` has where ranks share the words.
-    """
+def check_operands(hidden: Tensor, head: Head, labels: Tensor, rows: Tensor | None) -> None:
+    """Raises ValueError where shapes, dtypes or devices do not fit."""
     weight, bias = head.weight, head.bias
     if hidden.ndim != 2 or weight.ndim != 2 or labels.ndim != 1:
         n = "T" if rows is None else "N"
@@ -40,15 +35,10 @@ def check_operands(
     _check_whole("labels", labels)
     if rows is not None:
         _check_whole("rows", rows)
-    if hidden.is_cuda and rows is not None:
-        return
-    _check_range("label", labels, n_words, ignore_index)
-    if rows is not None:
-        _check_range("row", rows, hidden.shape[0], None)
 
 
-def check_logits(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
-    """Raises ValueError where shapes or dtypes do not fit, and for labels out of range where that is free."""
+def check_logits(logits: Tensor, labels: Tensor) -> None:
+    """Raises ValueError where shapes or dtypes do not fit."""
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
             f"logits [T, V] and labels [T] are expected, not {tuple(logits.shape)} and {tuple(labels.shape)}"
@@ -56,14 +46,33 @@ def check_logits(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
     if logits.shape[1] == 0:
         raise ValueError("V is at least 1: logits [T, V] have no column")
     _check_whole("labels", labels)
-    if not logits.is_cuda:
-        _check_range("label", labels, logits.shape[1], ignore_index)
 
 
 def check_top_k(top_k: int | None) -> None:
     """Raises ValueError where ``top_k`` is below 1."""
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k}: at least 1")
+
+
+def count_scored(labels: Tensor, n_words: int, ignore_index: int) -> int:
+    """How many labels ``[T]`` are not ignored; on a GPU, one wait.
+
+    Raises:
+        ValueError: one of them is outside [0, n_words).
+    """
+    ignored = labels == ignore_index
+    outside = ((labels < 0) | (labels >= n_words)) & ~ignored
+    n_ignored, n_outside = torch.stack((ignored.sum(), outside.sum())).tolist()
+    if n_outside:
+        raise ValueError(f"label {labels[outside][0].item()} is outside [0, {n_words})")
+    return len(labels) - n_ignored
+
+
+def check_rows(rows: Tensor, n: int) -> None:
+    """Raises ValueError where a row is outside [0, n); on a GPU, one wait."""
+    outside = (rows < 0) | (rows >= n)
+    if outside.any():
+        raise ValueError(f"row {rows[outside][0].item()} is outside [0, {n})")
 
 
 def mark_ignored(labels: Tensor, ignore_index: int) -> Tensor:
@@ -94,11 +103,3 @@ def along_rows(matrix: Tensor) -> Tensor:
 def _check_whole(name: str, values: Tensor) -> None:
     if values.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} are int64 or int32, not {values.dtype}")
-
-
-def _check_range(name: str, values: Tensor, end: int, ignored: int | None) -> None:
-    outside = (values < 0) | (values >= end)
-    if ignored is not None:
-        outside &= values != ignored
-    if outside.any():
-        raise ValueError(f"{name} {values[outside][0].item()} is outside [0, {end})")

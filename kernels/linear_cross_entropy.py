@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lark_fast.kernels.head import Head, accumulation_dtype, head_logits
-from lark_fast.kernels.head_operands import check_operands
+from lark_fast.kernels.head_operands import check_operands, count_scored
 
 IGNORE_INDEX = -100
 # Logits that exist at one time. A CPU wants them in its cache; a GPU wants many rows for each pass over weight.
@@ -201,7 +201,8 @@ def _weights(hidden: Tensor, labels: Tensor, token_weights: Tensor | None, ignor
 
 
 def _check(hidden: Tensor, head: Head, labels: Tensor, token_weights: Tensor | None, ignore_index: int) -> None:
-    check_operands(hidden, head, labels, None, len(head.weight), ignore_index)
+    check_operands(hidden, head, labels, None)
+    count_scored(labels, len(head.weight), ignore_index)
     if token_weights is not None and token_weights.shape != labels.shape:
         raise ValueError(f"token_weights is [T] = [{labels.shape[0]}], not {tuple(token_weights.shape)}")
     if token_weights is not None and token_weights.requires_grad:

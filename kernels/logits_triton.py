@@ -40,8 +40,8 @@ def _logits_sums(
     if OWN_LABEL:
         known = exists & (label >= 0) & (label < n_columns)
         z_label = tl.load(logits + place.to(tl.int64) * stride + label, mask=known, other=0.0).to(tl.float32)
-        own_bias = tl.load(bias + label, mask=known, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-        z_label = finish_logits(z_label, own_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_CAP)
+        label_bias = tl.load(bias + label, mask=known, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
+        z_label = finish_logits(z_label, label_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_CAP)
         z_label = tl.where(known, z_label, float("nan"))
         if split == 0:
             tl.store(label_logit + place, z_label, mask=exists)

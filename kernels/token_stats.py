@@ -23,7 +23,9 @@ from lark_fast.kernels.head_operands import (
     along_rows,
     check_logits,
     check_operands,
+    check_rows,
     check_top_k,
+    count_scored,
     for_kernels,
     keep_in_range,
     mark_ignored,
@@ -83,16 +85,19 @@ def token_stats(
             an unknown statistic or ``impl``, or one that cannot run here.
     """
     head, wanted = Head(weight, bias, softcap, logit_scale), Wanted.of(statistics)
-    check_operands(hidden, head, labels, rows, len(weight), ignore_index)
+    check_operands(hidden, head, labels, rows)
     check_top_k(top_k)
     name = dispatch.head_form(impl, hidden, weight)
-    labels = mark_ignored(labels, ignore_index)
     if rows is not None and hidden.is_cuda:
-        rows, labels = keep_in_range(rows, labels, len(hidden))
+        rows, labels = keep_in_range(rows, mark_ignored(labels, ignore_index), len(hidden))
+        return _statistics(name, hidden, rows, head, labels, wanted, top_k)
+    n_scored = count_scored(labels, len(weight), ignore_index)
+    if rows is not None:
+        check_rows(rows, len(hidden))
+    labels = mark_ignored(labels, ignore_index)
+    if n_scored == len(labels):
         return _statistics(name, hidden, rows, head, labels, wanted, top_k)
     scored = (labels >= 0).nonzero().squeeze(1)
-    if len(scored) == len(labels):
-        return _statistics(name, hidden, rows, head, labels, wanted, top_k)
     own_rows = scored if rows is None else rows[scored]
     return _spread(_statistics(name, hidden, own_rows, head, labels[scored], wanted, top_k), scored, len(labels))
 
@@ -121,8 +126,10 @@ def token_stats_from_logits(
     Raises:
         ValueError: as ``token_stats``.
     """
-    check_logits(logits, labels, ignore_index)
+    check_logits(logits, labels)
     check_top_k(top_k)
+    if not logits.is_cuda:
+        count_scored(labels, logits.shape[1], ignore_index)
     wanted, labels = Wanted.of(statistics), mark_ignored(labels, ignore_index)
     if dispatch.logits_form(impl, logits) == "torch":
         return token_stats_torch.from_logits(logits, labels, wanted, top_k)
@@ -145,8 +152,9 @@ def token_stats_naive(
     ignore_index: int = IGNORE_INDEX,
 ) -> TokenStats:
     """The definition, word for word, with every logit in float64; arguments and result as ``token_stats``."""
-    check_operands(hidden, Head(weight, bias, softcap, logit_scale), labels, rows, len(weight), ignore_index)
+    check_operands(hidden, Head(weight, bias, softcap, logit_scale), labels, rows)
     check_top_k(top_k)
+    count_scored(labels, len(weight), ignore_index)
     hidden = hidden if rows is None else hidden[rows]
     z = head_logits(hidden.double(), weight.double(), bias, softcap, logit_scale)
     return token_stats_from_logits_naive(z, labels, top_k=top_k, statistics=statistics, ignore_index=ignore_index)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lark_fast.kernels import dispatch
 from lark_fast.kernels.head import Head
-from lark_fast.kernels.head_operands import check_operands, for_kernels, keep_in_range, mark_ignored
+from lark_fast.kernels.head_operands import check_operands, count_scored, for_kernels, keep_in_range, mark_ignored
 from lark_fast.kernels.softmax_sums import STATISTICS, TokenStats, Wanted, merge
 from lark_fast.kernels.token_stats import IGNORE_INDEX, form
 
@@ -54,7 +54,9 @@ def token_stats_vocab_parallel(
     dist.all_gather_into_tensor(sizes, sizes.new_tensor([len(weight)]), group=group)
     ends = list(itertools.accumulate(sizes.tolist(), initial=0))
     head, wanted = Head(weight, bias, softcap, logit_scale), Wanted.of(statistics)
-    check_operands(hidden, head, labels, rows, ends[-1], ignore_index)
+    check_operands(hidden, head, labels, rows)
+    if rows is None or not hidden.is_cuda:
+        count_scored(labels, ends[-1], ignore_index)
     label_logits, partial_sums, finish = form(name := dispatch.head_form(impl, hidden, weight))
     labels = mark_ignored(labels, ignore_index)
     if rows is not None:

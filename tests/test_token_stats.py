@@ -288,12 +288,12 @@ def test_the_same_bits_on_every_run(form):
 @pytest.mark.parametrize("form", ["fused", "chunked"])
 def test_operands_beyond_2_to_the_31(form, offset):
     # Rows 2^30 numbers apart; only the pages that are written are ever real memory.
-    hidden, weight, labels = problem(4, 32, 4, dtype=torch.float16)
+    hidden, weight, labels = problem(4, 64, 4, dtype=torch.float16)
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         far_hidden, far_weight = (
-            torch.empty(3 * 2**30 + 33, dtype=torch.float16, device=DEVICE)
-            .as_strided((4, 32), (2**30, 1), offset)
+            torch.empty(3 * 2**30 + 65, dtype=torch.float16, device=DEVICE)
+            .as_strided((4, 64), (2**30, 1), offset)
             .copy_(near)
             for near in (hidden, weight)
         )

@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 
 from lark_fast.kernels.token_stats import IGNORE_INDEX, TokenStats, token_stats, token_stats_naive
 from lark_fast.kernels.token_stats_parallel import token_stats_vocab_parallel
-from tests.test_token_stats import assert_close, assert_same_bits, assert_same_order, problem
+from tests.test_token_stats import DEVICE, assert_close, assert_same_bits, assert_same_order, problem
 
 WORDS = (130, 71)  # of rank 0 and 1: neither a multiple of a tile, and not equal
 
@@ -57,5 +57,7 @@ def test_two_ranks_give_what_one_gives(tmp_path, dtype, impl, statistics, rows):
     truth = token_stats_naive(hidden, weight, labels, rows=rows, bias=bias, statistics=statistics)
     assert_close(first, truth)
     assert_same_order(first, truth)
+    hidden, weight, labels, bias = (tensor.to(DEVICE) for tensor in (hidden, weight, labels, bias))
+    rows = None if rows is None else rows.to(DEVICE)
     alone = token_stats(hidden, weight, labels, rows=rows, bias=bias, statistics=statistics, impl=impl)
-    torch.testing.assert_close(first.nll, alone.nll, equal_nan=True)
+    torch.testing.assert_close(first.nll, alone.nll.cpu(), equal_nan=True)
