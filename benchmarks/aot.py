@@ -266,7 +266,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set, so nothing would be compiled: unset it")
-    n_faulty = 0
+    n_kernels = n_faulty = 0
     for arch in arguments.arch or TARGETS:
         seen = set()
         with compiling_for(arch) as compiled:
@@ -279,10 +279,10 @@ def main() -> int:
                 for kernel in {id(kernel): kernel for kernel in compiled}.values():
                     told = report(arch, launch, kernel)
                     told["faults"] = faults(told)
+                    n_kernels += 1
                     n_faulty += bool(told["faults"])
                     print(json.dumps(told), flush=True)
-    if n_faulty:
-        print(f"{n_faulty} kernels with faults", file=sys.stderr)
+    print(f"{n_kernels} kernels compiled, {n_faulty} with faults", file=sys.stderr)
     return int(n_faulty > 0)
 
 

@@ -11,6 +11,9 @@ from lark_fast.kernels.head import Head
 def check_operands(hidden: Tensor, head: Head, labels: Tensor, rows: Tensor | None) -> None:
     """Raises ValueError where shapes, dtypes or devices do not fit."""
     weight, bias = head.weight, head.bias
+    for name, value in (("hidden", hidden), ("weight", weight), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} is a tensor, not a {type(value).__name__}")
     if hidden.ndim != 2 or weight.ndim != 2 or labels.ndim != 1:
         n = "T" if rows is None else "N"
         raise ValueError(

@@ -130,7 +130,7 @@ def linear_cross_entropy(
     ignore_index: int = IGNORE_INDEX,
     impl: str = "auto",
 ) -> Tensor:
-    """``sum_t token_weights[t] * nll[t]`` over the labels that are not ignored, in nats.
+    """``sum_t token_weights[t] * nll[t]`` over the labels that are not ignored, in nats; without weights, their mean.
 
     Differentiable once in ``hidden``, ``weight`` and ``bias``; gradients are summed in float32 or better and handed out
     in their tensor's own dtype. Rows that are ignored or weigh 0 are never computed: their values, NaN included, do not

@@ -63,7 +63,8 @@ def token_stats(
     Args:
         hidden: ``[N, D]`` inputs of the output embedding, float32, bfloat16, float16 or (in torch) float64.
         weight: ``[V, D]`` output embedding.
-        labels: ``[T]`` int64 or int32 in [0, V), or ``ignore_index``.
+        labels: ``[T]`` int64 or int32 in [0, V), or ``ignore_index``. Nothing is shifted: a causal model's row t is
+            given ``input_ids[t + 1]``.
         rows: ``[T]`` int64 or int32, the row of ``hidden`` that predicts each label: the fused form scores them where
             they lie. None: row t predicts ``labels[t]``, T = N.
         bias: ``[V]`` or None.
@@ -116,8 +117,8 @@ def token_stats_from_logits(
 
     Args:
         logits: ``[T, V]``, of any floating dtype; not changed.
-        labels: ``[T]`` int64 or int32 in [0, V), or ``ignore_index``: such rows are read and come out as NaN. On a GPU
-            nothing is read back, and a label out of range gives NaN as well.
+        labels: as in ``token_stats``; rows whose label is ignored are read and come out as NaN. On a GPU nothing is
+            read back, and a label out of range gives NaN as well.
         top_k: as in ``token_stats``.
         statistics: as in ``token_stats``.
         ignore_index: label of rows to leave out.

@@ -61,6 +61,8 @@ def trajectory_reduce(
 ) -> TrajectoryReduction:
     """Sums and means over trajectories of every statistic in ``stats``, in float64.
 
+    Ignored tokens, whose statistics are NaN, must be no part of a trajectory: leave them out with ``rows``.
+
     Nothing is copied to the host and nothing waits for the device. The numbers of a trajectory depend, to the last bit,
     on its own tokens alone, and are the same on every run.
 

@@ -298,7 +298,9 @@ def inspect(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for everything the demo makes.")] = Path("lark-fast-demo"),
+    out: Annotated[
+        Path, typer.Option(help="Directory for everything the demo makes; an earlier demo's is renewed.")
+    ] = Path("lark-fast-demo"),
     seed: Annotated[int, typer.Option(min=0, help="Of the problems, the student and the training.")] = 0,
 ) -> None:
     """The whole path on an embedded pool and a small student that it trains itself: on a CPU, in minutes."""

@@ -55,7 +55,7 @@ def test_the_words_follow_from_the_figures():
             outcomes=[outcome("chi2", (1.0, 0.2), many), outcome("random", (1.0, 0.5), few)],
         )
     )
-    assert "fell (by 1.61) faster than random's (0.69)" in better
+    assert "= 1.61, faster than random's (0.69)" in better
     assert "more than before (+50 ± 5 points) and with random (+50 ± 5 points)" in better
     worse = conclusion(
         Result(
@@ -63,7 +63,7 @@ def test_the_words_follow_from_the_figures():
             outcomes=[outcome("chi2", (1.0, 0.9), few), outcome("random", (1.0, 0.5), few)],
         )
     )
-    assert "fell (by 0.11) no faster than random's (0.69)" in worse
+    assert "= 0.11, no faster than random's (0.69)" in worse
     assert "fewer than before (-50 ± 5 points)" in worse
     assert "neither clearly more nor fewer than with random (+0 ± 0 points)" in worse
 

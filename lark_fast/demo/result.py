@@ -70,9 +70,9 @@ def result_table(result: Result) -> Table:
         ("steps", [f"{o.steps:,}" for o in outcomes]),
         ("tokens trained on", [f"{o.tokens:,}" for o in outcomes]),
         ("loss, training problems", [_arrow(o.training) for o in outcomes]),
-        ("  relative fall", [f"{relative_fall(o.training):.2f}" for o in outcomes]),
+        ("  ln(before / after)", [f"{relative_fall(o.training):.2f}" for o in outcomes]),
         ("loss, held-out problems", [_arrow(o.held_out) for o in outcomes]),
-        ("  relative fall", [f"{relative_fall(o.held_out):.2f}" for o in outcomes]),
+        ("  ln(before / after)", [f"{relative_fall(o.held_out):.2f}" for o in outcomes]),
         ("new problems solved", [f"{before:.0%} -> {_with_error(share(o.solved))}" for o in outcomes]),
     ]
     table = Table("trained on", *(Column(o.policy, justify="right") for o in outcomes))
@@ -95,8 +95,8 @@ def conclusion(result: Result) -> str:
         verdict = "neither clearly more nor fewer" if abs(gap) <= 2 * error else "more" if gap > 0 else "fewer"
         shares.setdefault(verdict, []).append(f"{whom} ({100 * gap:+.0f} ± {100 * error:.0f} points)")
     return (
-        f"On held-out problems the loss of {ours.policy}'s selection fell (by {fall:.2f}) {_compare(losses)}; trained "
-        f"on it, the student solves of {len(ours.solved)} new problems {_compare(shares)}."
+        f"On held-out problems the loss of {ours.policy}'s selection fell by ln(before / after) = {fall:.2f}, "
+        f"{_compare(losses)}; trained on it, the student solves of {len(ours.solved)} new problems {_compare(shares)}."
     )
 
 

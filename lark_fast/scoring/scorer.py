@@ -38,7 +38,7 @@ class TrajectoryStats:
     brier: float
     brier_topk: float | None
     entropy: float  # nats
-    rank_mean: float
+    rank_mean: float  # ranks beyond 100 count as 100, here and in rsr
     rsr: float
     tokens: TokenStats  # of the scored positions, in order, on the CPU
     token_hash: bytes  # 16 bytes; equal for equal token ids and scored positions
@@ -56,7 +56,10 @@ class TrajectoryStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryScore:
-    """The score of one record. ``g_hat`` needs all candidates of a problem: see ``lark_fast.g_hat``."""
+    """The score of one record. ``g_hat`` needs all candidates of a problem: see ``lark_fast.g_hat``.
+
+    Means are over the scored tokens; in ``rank_mean`` and ``rsr``, ranks beyond 100 count as 100.
+    """
 
     problem_id: int | str
     candidate_id: int | str
