@@ -25,6 +25,7 @@ IGNORE_INDEX = -100
 # Logits that exist at one time. A CPU wants them in its cache; a GPU wants many rows for each pass over weight.
 CPU_LOGITS = 1 << 22
 GPU_LOGITS = 1 << 27
+MIN_ROWS = 256  # fewer than this starve the products of both, however large the vocabulary
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -54,7 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight = hidden.detach().to(operand), weight.detach().to(operand)
         bias = None if bias is None else bias.detach()
         row_scale = token_weights if logit_scale is None else token_weights * logit_scale  # [T]
-        block = max(1, (GPU_LOGITS if hidden.is_cuda else CPU_LOGITS) // len(weight))
+        block = max(MIN_ROWS, (GPU_LOGITS if hidden.is_cuda else CPU_LOGITS) // len(weight))
         loss = hidden.new_zeros((), dtype=dtype)
         for start in range(0, len(hidden), block):
             rows = slice(start, start + block)

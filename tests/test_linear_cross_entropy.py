@@ -16,6 +16,7 @@ HEAD = {"softcap": 3.0, "logit_scale": 0.7}
 def small_blocks(monkeypatch):
     """Seven rows of 13 columns to a block, so that a few dozen rows cross several borders."""
     monkeypatch.setattr(module, "CPU_LOGITS", 7 * 13)
+    monkeypatch.setattr(module, "MIN_ROWS", 1)
 
 
 def problem(T, D, V, *, dtype=torch.float32, scale=2.0, seed=0):
