@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lark_fast.kernels.head import Head
 
+IGNORE_INDEX = -100  # the label of rows to leave out, as Transformers has it
+
 
 def check_operands(hidden: Tensor, head: Head, labels: Tensor, rows: Tensor | None) -> None:
     """Raises ValueError where shapes, dtypes or devices do not fit."""

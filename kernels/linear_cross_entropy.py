@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lark_fast.kernels.head import Head, accumulation_dtype, head_logits
-from lark_fast.kernels.head_operands import check_operands, count_scored
+from lark_fast.kernels.head_operands import IGNORE_INDEX, check_operands, count_scored
 
-IGNORE_INDEX = -100
 # Logits that exist at one time. A CPU wants them in its cache; a GPU wants many rows for each pass over weight.
 CPU_LOGITS = 1 << 22
 GPU_LOGITS = 1 << 27

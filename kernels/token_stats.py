@@ -20,6 +20,7 @@ from torch import Tensor
 from lark_fast.kernels import dispatch, softmax_sums, token_stats_torch
 from lark_fast.kernels.head import Head, head_logits
 from lark_fast.kernels.head_operands import (
+    IGNORE_INDEX,
     along_rows,
     check_logits,
     check_operands,
@@ -32,7 +33,6 @@ from lark_fast.kernels.head_operands import (
 )
 from lark_fast.kernels.softmax_sums import STATISTICS, TokenStats, Wanted, concatenate
 
-IGNORE_INDEX = -100
 TOPK_LOGITS_BYTES = 256 << 20  # of float32 logits that top-k makes at a time
 
 

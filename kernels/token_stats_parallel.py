@@ -14,9 +14,16 @@ from torch import Tensor
 
 from lark_fast.kernels import dispatch
 from lark_fast.kernels.head import Head
-from lark_fast.kernels.head_operands import check_operands, count_scored, for_kernels, keep_in_range, mark_ignored
+from lark_fast.kernels.head_operands import (
+    IGNORE_INDEX,
+    check_operands,
+    count_scored,
+    for_kernels,
+    keep_in_range,
+    mark_ignored,
+)
 from lark_fast.kernels.softmax_sums import STATISTICS, TokenStats, Wanted, merge
-from lark_fast.kernels.token_stats import IGNORE_INDEX, form
+from lark_fast.kernels.token_stats import form
 
 
 @torch.no_grad()
