@@ -20,6 +20,7 @@ from torch import Tensor
 from lark_fast.kernels.dispatch import kernel_form
 from lark_fast.kernels.softmax_sums import TokenStats
 
+MAX_RANK = 100  # ranks beyond it count as it (arXiv 2601.14249)
 SMALLEST_NLL = 1e-12  # sum of nll below which rsr does not divide
 TOKEN_FIELDS = ("nll", "brier", "entropy", "rank", "agreement", "brier_topk")
 
@@ -56,7 +57,7 @@ def trajectory_reduce(
     *,
     rows: Tensor | None = None,
     nll_before: Tensor | None = None,
-    max_rank: int = 100,
+    max_rank: int = MAX_RANK,
     impl: str = "auto",
 ) -> TrajectoryReduction:
     """Sums and means over trajectories of every statistic in ``stats``, in float64.
@@ -107,7 +108,7 @@ def trajectory_reduce_naive(
     *,
     rows: Tensor | None = None,
     nll_before: Tensor | None = None,
-    max_rank: int = 100,
+    max_rank: int = MAX_RANK,
 ) -> TrajectoryReduction:
     """The definition in plain torch; arguments and result as ``trajectory_reduce``."""
     _check(stats, cu_seqlens, rows, nll_before, max_rank)

@@ -22,7 +22,6 @@ from lark_fast.student import Student, load_student
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MAX_RANK = 100  # ranks beyond it count as it, in rank_mean and rsr (arXiv 2601.14249)
 CPU_TOKENS_PER_BATCH = 2048
 GPU_TOKENS_PER_BATCH = 32768
 
@@ -247,7 +246,7 @@ class Scorer:
             top_k=self.top_k,
             impl=self.impl,
         )
-        return _split(stats, trajectory_reduce(stats, bounds, max_rank=MAX_RANK), cu_seqlens)
+        return _split(stats, trajectory_reduce(stats, bounds), cu_seqlens)
 
 
 class _Scored(NamedTuple):
