@@ -1,5 +1,6 @@
-"""How trajectories are brought together: windows of the stream, batches of similar length inside a window."""
+"""How trajectories are brought together: windows of the stream, and inside a window packs or padded batches."""
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
@@ -66,3 +67,38 @@ def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[li
         batch.append(index)
     if batch:
         yield batch
+
+
+def packs(lengths: Sequence[int], tokens_per_pack: int, border: int | None = None) -> Iterator[list[int]]:
+    """Indices of sequences grouped so that each group's tokens fit into ``tokens_per_pack``, longest first.
+
+    Best fit: a sequence goes where the least room is left by it, so nearly all packs are nearly full. A sequence longer
+    than the budget is a pack of its own.
+
+    Args:
+        lengths: tokens of each sequence.
+        tokens_per_pack: the budget.
+        border: sequences longer than this never share a pack with others (LongRoPE scales a whole pack's positions).
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    if border is not None:
+        for group in ([i for i in order if lengths[i] > border], [i for i in order if lengths[i] <= border]):
+            yield from _best_fit(group, lengths, tokens_per_pack)
+    else:
+        yield from _best_fit(order, lengths, tokens_per_pack)
+
+
+def _best_fit(order: Sequence[int], lengths: Sequence[int], tokens_per_pack: int) -> list[list[int]]:
+    made: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, pack), ascending
+    for index in order:
+        at = bisect_left(room, (lengths[index], 0))
+        if at < len(room):
+            left, number = room.pop(at)
+            made[number].append(index)
+        else:
+            left, number = tokens_per_pack, len(made)
+            made.append([index])
+        if left > lengths[index]:
+            insort(room, (left - lengths[index], number))
+    return made

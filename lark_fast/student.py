@@ -3,13 +3,15 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lark_fast.attention import Pack, UnknownAttentionError, attention_of, can_be_packed, fastest_attention
 from lark_fast.errors import UserError
 from lark_fast.kernels.head import Head
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_TOKENS = 4
+PROBE_LENGTHS = (7, 12, 1, 5)
 MAY_HOLD_A_STUDENT = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
@@ -73,19 +76,82 @@ class Student:
         softcap = getattr(config, "final_logit_softcapping", None)
         return Head(self._output.weight, getattr(self._output, "bias", None), softcap, scale)
 
-    def hidden(self, input_ids: Tensor) -> Tensor:
+    def hidden(self, input_ids: Tensor, pack: Pack | None = None, position_ids: Tensor | None = None) -> Tensor:
         """The output embedding's input, without computing a logit.
 
         Args:
             input_ids: ``[B, T]``. Rows of several lengths are padded on the RIGHT with any id: attention is causal, so
                 no real token sees the padding and no mask is needed.
+            pack: where the sequences lie in the one row of ``input_ids`` ``[1, T]``; only inside ``packing()``.
+            position_ids: ``[1, T]``, of a pack: each token's place in its sequence.
 
         Returns:
             ``[B, T, D]`` in the model's dtype. Autograd works through it.
         """
+        arguments = {} if pack is None else {"position_ids": position_ids, **pack.arguments()}
         with _stop_before_head(self._output) as captured:
-            self.model(input_ids=input_ids, use_cache=False)
+            self.model(input_ids=input_ids, use_cache=False, **arguments)
         return captured[0]
+
+    def packing(self) -> AbstractContextManager[None]:
+        """Inside the block the model attends within the sequences of a pack, and ``hidden`` takes packs alone."""
+        return attention_of(self.model, fastest_attention(self.model))
+
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """Inside the block the model's layers run through ``torch.compile``; attention does not, and stays as it is."""
+        kinds = set(self.model._no_split_modules or ())
+        layers = [module for module in self.model.modules() if type(module).__name__ in kinds]
+        for layer in layers:
+            layer.compile()
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._compiled_call_impl = None
+
+    @cached_property
+    def unpackable(self) -> str | None:
+        """Why sequences cannot share a row of this model, or None where they can.
+
+        Found by trial: a few short sequences in one pack and each by itself. So whatever carries something from token
+        to token past the attention function (a state, a convolution) is seen, whoever wrote the model.
+        """
+        if not can_be_packed(self.model):
+            return "its layers mix tokens in ways that packs are not known to keep"
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return self._packing_fault()
+        finally:
+            self.model.train(was_training)
+
+    @torch.no_grad()
+    def _packing_fault(self) -> str | None:
+        pack = Pack.of(PROBE_LENGTHS, self.device)
+        ids = 1 + 7 * torch.arange(sum(PROBE_LENGTHS), device=self.device).unsqueeze(0)
+        ids = ids.remainder(self.vocab_size)
+        places = torch.cat([torch.arange(length, device=self.device) for length in PROBE_LENGTHS]).unsqueeze(0)
+        alone = torch.cat([self.hidden(row)[0] for row in ids.split(PROBE_LENGTHS, dim=1)])
+        try:
+            with self.packing():
+                together = self.hidden(ids, pack, places)[0]
+        except (UnknownAttentionError, TypeError) as error:
+            return str(error)
+        distance = (together - alone).float().norm(dim=1) / alone.float().norm(dim=1)
+        allowed = 1e-1 if self.dtype in (torch.bfloat16, torch.float16) else 1e-3
+        return None if bool((distance <= allowed).all()) else "its tokens see those of other sequences"
+
+    @property
+    def length_regime(self) -> int | None:
+        """The length beyond which the model's positions are scaled otherwise, for a whole batch (LongRoPE)."""
+        rope = getattr(self._config, "rope_parameters", None) or {}
+        borders = {
+            kind.get("original_max_position_embeddings")
+            for kind in (rope, *(value for value in rope.values() if isinstance(value, dict)))
+            if kind.get("rope_type") == "longrope"
+        }
+        return next(iter(borders), None)
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -135,7 +201,8 @@ def load_student(
     Args:
         path: a directory with config.json and safetensors, or a hub id.
         device: "auto" (a GPU where there is one), or what ``torch.device`` takes.
-        dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, the checkpoint's own elsewhere.
+        dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own on a GPU; on a CPU bfloat16 where it
+            multiplies that in hardware, else float32.
         trust_remote_code: run model code that the checkpoint brings along.
         tokenizer: load the tokenizer too.
 
@@ -150,7 +217,9 @@ def load_student(
     place = choose_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: not one of auto, {', '.join(DTYPES)}")
-    chosen = DTYPES.get(dtype, torch.float32 if place.type == "cpu" else "auto")
+    chosen = DTYPES.get(dtype, "auto")
+    if dtype == "auto" and place.type == "cpu":
+        chosen = torch.bfloat16 if multiplies_bfloat16(place) else torch.float32
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -248,6 +317,13 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {_one_line(error)}") from error
     return device
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for it. A CPU that emulates them is many times slower than in float32."""
+    if device.type == "cpu":
+        return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _digest(files: list[Path]) -> str:

@@ -1,21 +1,22 @@
 """The scorer: records or token ids in, one set of statistics a trajectory out."""
 
-import hashlib
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lark_fast.errors import RejectError
-from lark_fast.kernels.token_stats import IGNORE_INDEX, TokenStats, token_stats
-from lark_fast.kernels.trajectory_reduce import TrajectoryReduction, trajectory_reduce
-from lark_fast.packing import length_batches, window_tokens
+from lark_fast.kernels.token_stats import IGNORE_INDEX, TokenStats
+from lark_fast.packing import window_tokens
 from lark_fast.pool.records import Record, normalise
 from lark_fast.rendering.renderer import Rendered, Renderer, RenderOptions
+from lark_fast.scoring.estimate import Footprint
+from lark_fast.scoring.feed import token_hash
+from lark_fast.scoring.forward import Passes, Scored, Sequences
 from lark_fast.scoring.learnability import rho
 from lark_fast.student import Student, load_student
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 CPU_TOKENS_PER_BATCH = 2048
 GPU_TOKENS_PER_BATCH = 32768
+GPU_MEMORY_SHARE = 0.6  # of what is free, for a forward pass: the estimate of its size may be 30 % low
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +86,10 @@ class Scorer:
         top_k: also compute the Brier score over the ``top_k`` largest logits and build rho from it, as the paper does
             (50); None: the exact one.
         options: how records are rendered and which of their tokens are scored.
-        tokens_per_batch: padded tokens of one forward pass; None picks by device.
+        tokens_per_batch: tokens of one forward pass; None: what a CPU's caches hold, or a GPU's free memory up to the
+            point where more brings nothing.
         impl: the form of the head, as in ``token_stats``: all agree to 1e-5 of a score.
+        compile: compile the model's layers (``torch.compile``): half a minute for once, then faster passes.
 
     Raises:
         ValueError: the model has no head that this package understands.
@@ -101,12 +105,12 @@ class Scorer:
         chat_template: str | None = None,
         tokens_per_batch: int | None = None,
         impl: str = "auto",
+        compile: bool = False,
     ) -> None:
         self.student = model if isinstance(model, Student) else Student(model, tokenizer)
-        self.top_k, self.impl = top_k, impl
+        self.top_k, self.impl, self.compile = top_k, impl, compile
         self.options = options or RenderOptions()
-        default = GPU_TOKENS_PER_BATCH if self.student.device.type == "cuda" else CPU_TOKENS_PER_BATCH
-        self.tokens_per_batch = tokens_per_batch or default
+        self.tokens_per_batch = tokens_per_batch or _fitting_tokens(self.student)
         self.renderer = None
         if self.student.tokenizer is not None:
             self.renderer = Renderer(
@@ -180,7 +184,7 @@ class Scorer:
 
         ``on_batch`` hears after each forward pass which share of the tokens is done.
         """
-        hashes = [token_hash(item) for item in rendered]
+        hashes = [token_hash(item.input_ids, item.labels) for item in rendered]
         first = {digest: index for index, digest in reversed(list(enumerate(hashes)))}
         unique = sorted(first.values())
         sequences = [(rendered[index].input_ids, rendered[index].labels) for index in unique]
@@ -197,91 +201,58 @@ class Scorer:
             for digest, item in zip(hashes, rendered, strict=True)
         ]
 
-    @torch.no_grad()
     def _score(
         self,
-        sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+        sequences: Sequences,
         on_batch: Callable[[float], None] | None = None,
-    ) -> list["_Scored"]:
+    ) -> list[Scored]:
         """Statistics of the scored positions of each (input_ids, labels), on the CPU."""
-        results: list[_Scored | None] = [None] * len(sequences)
+        results: list[Scored | None] = [None] * len(sequences)
         lengths = [len(ids) for ids, _ in sequences]
         done, total = 0, sum(lengths)
-        was_training = self.student.model.training
-        self.student.model.eval()
-        try:
-            for batch in length_batches(lengths, self.tokens_per_batch):
-                for index, scored in zip(batch, self._forward([sequences[i] for i in batch]), strict=True):
-                    results[index] = scored
-                done += sum(lengths[index] for index in batch)
+        with self.passes() as passes:
+            batches = (passes.prepare(group, [sequences[i] for i in group]) for group in passes.plan(lengths))
+            for batch, scored in passes.run(batches):
+                if scored is None:
+                    raise torch.OutOfMemoryError(f"no memory for a sequence of {batch.n_tokens} tokens")
+                for index, one in zip(batch.members, scored, strict=True):
+                    results[index] = one
+                done += batch.n_tokens
                 if on_batch is not None:
                     on_batch(done / total)
-        finally:
-            self.student.model.train(was_training)
         return results
 
-    def _forward(self, batch: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list["_Scored"]:
-        """One padded forward pass; prompts and padding never reach the head."""
-        longest = max(1, *(len(ids) for ids, _ in batch))
-        ids = np.zeros((len(batch), longest), dtype=np.int64)
-        labels = np.full((len(batch), longest), IGNORE_INDEX, dtype=np.int64)
-        for row, (tokens, marks) in enumerate(batch):
-            ids[row, : len(tokens)] = tokens
-            labels[row, : len(marks) - 1] = marks[1:]  # position t predicts token t + 1
-        scored = labels != IGNORE_INDEX
-        cu_seqlens = np.concatenate([[0], scored.sum(1).cumsum()])
-        hidden = self.student.hidden(torch.from_numpy(ids).to(self.student.device)).flatten(0, 1)
-        rows, targets, bounds = (
-            torch.from_numpy(array).to(hidden.device) for array in (np.flatnonzero(scored), labels[scored], cu_seqlens)
-        )
-        head = self.student.head
-        stats = token_stats(
-            hidden,
-            head.weight,
-            targets,
-            rows=rows,
-            bias=head.bias,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            top_k=self.top_k,
-            impl=self.impl,
-        )
-        return _split(stats, trajectory_reduce(stats, bounds), cu_seqlens)
+    @contextmanager
+    def passes(self) -> Iterator[Passes]:
+        """The student made ready for forward passes; afterwards it is as it was."""
+        student, was_training = self.student, self.student.model.training
+        student.model.eval()
+        try:
+            passes = Passes(
+                student,
+                top_k=self.top_k,
+                impl=self.impl,
+                tokens_per_batch=self.tokens_per_batch,
+                one_shape=self.compile,
+            )
+            with ExitStack() as stack:
+                if passes.packed:
+                    stack.enter_context(student.packing())
+                if self.compile:
+                    stack.enter_context(student.compiled())
+                yield passes
+        finally:
+            student.model.train(was_training)
 
 
-class _Scored(NamedTuple):
-    """One trajectory: its tokens' statistics, on the CPU, and those fields of ``TrajectoryStats`` that they make."""
-
-    tokens: TokenStats
-    means: dict[str, float | None]
-
-
-def _split(stats: TokenStats, reduction: TrajectoryReduction, cu_seqlens: np.ndarray) -> list[_Scored]:
-    """Cut the statistics of a batch into those of its trajectories."""
-    stats, means = stats.map(Tensor.cpu), reduction.means
-    columns = {
-        "nll": means.nll,
-        "brier": means.brier,
-        "brier_topk": means.brier_topk,
-        "entropy": means.entropy,
-        "rank_mean": means.rank,
-        "rsr": reduction.rsr,
-    }
-    numbers = {name: None if column is None else column.tolist() for name, column in columns.items()}
-    return [
-        _Scored(
-            stats.map(lambda values, a=start, b=end: values[a:b]),
-            {name: None if column is None else column[row] for name, column in numbers.items()},
-        )
-        for row, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist()))
-    ]
-
-
-def token_hash(rendered: Rendered) -> bytes:
-    """16 bytes that are equal for equal token ids and scored positions."""
-    digest = hashlib.blake2b(np.asarray(rendered.input_ids, dtype=np.int64).tobytes(), digest_size=16)
-    digest.update(np.asarray(rendered.labels, dtype=np.int64).tobytes())
-    return digest.digest()
+def _fitting_tokens(student: Student) -> int:
+    if student.device.type != "cuda":
+        return CPU_TOKENS_PER_BATCH
+    free, _ = torch.cuda.mem_get_info(student.device)
+    footprint = Footprint.of(student.model)
+    # Two passes are under way at a time, but the second begins where the first has left its memory.
+    fitting = int((GPU_MEMORY_SHARE * free - footprint.head) / footprint.token)
+    return max(CPU_TOKENS_PER_BATCH, min(GPU_TOKENS_PER_BATCH, fitting // 256 * 256))
 
 
 def _named(record: Record, stats: TrajectoryStats) -> TrajectoryScore:

@@ -1,0 +1,329 @@
+"""Forward passes: batches of token ids go to the device one ahead, statistics of each trajectory come back."""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from lark_fast.attention import Pack
+from lark_fast.kernels.token_stats import IGNORE_INDEX, TokenStats, token_stats
+from lark_fast.kernels.trajectory_reduce import TrajectoryReduction, trajectory_reduce
+from lark_fast.packing import length_batches, packs
+from lark_fast.student import Student
+
+SEQUENCES_STEP = 64  # packs of one shape have a multiple of it as their number of bounds
+
+Sequences = Sequence[tuple[ArrayLike, ArrayLike]]  # input_ids and labels of each, as long as one another
+
+
+class Scored(NamedTuple):
+    """One trajectory: its tokens' statistics, on the CPU, and their means by the names of ``TrajectoryStats``."""
+
+    tokens: TokenStats
+    means: dict[str, float | None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """What one forward pass reads, on the host (pinned for a GPU).
+
+    Attributes:
+        members: the caller's numbers of the sequences, in the order in which they lie here.
+        sequences: those sequences.
+        lengths: tokens of each.
+        shape: rows and columns of the input; one row where sequences are packed.
+        bounds: of a pack: where the sequences lie, see ``Pack``. What fills the row up is a sequence more, and empty
+            ones may follow. None: a row a sequence, padded on the right.
+        numbers: int64, one behind another: input_ids and, of a pack, position_ids (both rows x columns) and ``bounds``;
+            the rows of hidden states that are scored, and the words they predict (N each); where each sequence's
+            scored tokens begin (S + 1).
+        n_scored: N.
+    """
+
+    members: Sequence[int]
+    sequences: Sequences
+    lengths: Sequence[int]
+    shape: tuple[int, int]
+    bounds: Sequence[int] | None
+    numbers: Tensor
+    n_scored: int
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the sequences."""
+        return sum(self.lengths)
+
+    @property
+    def n_padded(self) -> int:
+        """Tokens that pass through the student for nothing."""
+        return self.shape[0] * self.shape[1] - self.n_tokens
+
+    def on(self, device: torch.device) -> "_Inputs":
+        """The numbers on their device, by name; without a wait where they are pinned."""
+        n_inputs, n_bounds = self.shape[0] * self.shape[1], len(self.bounds or ())
+        sizes = [
+            n_inputs,
+            n_inputs if self.bounds else 0,
+            n_bounds,
+            self.n_scored,
+            self.n_scored,
+            len(self.lengths) + 1,
+        ]
+        ids, places, bounds, rows, targets, ends = self.numbers.to(device, non_blocking=True).split(sizes)
+        if self.bounds is None:
+            return _Inputs(ids.view(self.shape), None, None, rows, targets, ends)
+        longest = max(end - start for start, end in itertools.pairwise(self.bounds))
+        pack = Pack(self.bounds, bounds.to(torch.int32), longest)
+        return _Inputs(ids.view(self.shape), pack, places.view(self.shape), rows, targets, ends)
+
+
+class _Inputs(NamedTuple):
+    """A batch on its device."""
+
+    ids: Tensor  # [B, T]
+    pack: Pack | None
+    places: Tensor | None  # [1, T] position_ids of a pack
+    rows: Tensor  # [N] of the hidden states
+    targets: Tensor  # [N]
+    ends: Tensor  # [S + 1]
+
+
+def make_batch(members: Sequence[int], sequences: Sequences, *, packed: bool, pinned: bool, fill_to: int = 0) -> Batch:
+    """Lay out the sequences of one forward pass.
+
+    Args:
+        members: what the caller calls them.
+        sequences: input_ids and labels of each.
+        packed: in one row; otherwise in a row each.
+        pinned: in memory from which a GPU can fetch them by itself.
+        fill_to: fill a pack up to so many tokens, so that all packs have one shape.
+    """
+    lengths = [len(ids) for ids, _ in sequences]
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids = np.concatenate([np.asarray(row, dtype=np.int64) for row, _ in sequences] or [starts[:0]])
+    labels = np.full(starts[-1], IGNORE_INDEX, dtype=np.int64)
+    for start, end, (_, marks) in zip(starts, starts[1:], sequences, strict=False):
+        labels[start : end - 1] = marks[1:]  # position t predicts token t + 1
+    rows = np.flatnonzero(labels != IGNORE_INDEX)
+    targets, ends = labels[rows], np.searchsorted(rows, starts)
+    bounds: list[int] | None = None
+    if packed:
+        shape = (1, max(int(starts[-1]), fill_to))
+        bounds = starts.tolist()
+        if fill_to:
+            bounds += [shape[1]] * (SEQUENCES_STEP - len(bounds) % SEQUENCES_STEP)
+        square = np.pad(ids, (0, shape[1] - len(ids)))
+        begins = np.repeat(bounds[:-1], np.diff(bounds))
+        parts = [square, np.arange(shape[1]) - begins, np.asarray(bounds)]
+    else:
+        shape = (len(sequences), max(1, *lengths))
+        moved = np.arange(len(sequences)) * shape[1] - starts[:-1]  # from its place among the tokens to its row
+        square = np.zeros(shape[0] * shape[1], dtype=np.int64)
+        square[np.arange(starts[-1]) + np.repeat(moved, lengths)] = ids
+        rows = rows + np.repeat(moved, np.diff(ends))
+        parts = [square]
+    numbers = torch.from_numpy(np.concatenate([*parts, rows, targets, ends]))
+    return Batch(members, sequences, lengths, shape, bounds, numbers.pin_memory() if pinned else numbers, len(rows))
+
+
+@dataclass(slots=True)
+class Work:
+    """What the passes have cost so far."""
+
+    batches: int = 0
+    device_seconds: float = 0.0  # the device was at work
+    padded_tokens: int = 0
+    halvings: int = 0  # times that memory was short
+
+
+class Passes:
+    """Runs batches through a student, the next one on its way before the last one's numbers are back.
+
+    Args:
+        student: the student; its model is in evaluation mode.
+        top_k: as in ``token_stats``.
+        impl: as in ``token_stats``.
+        tokens_per_batch: the most tokens of a pass; halved when the device's memory does not suffice.
+        one_shape: fill packs up, so that compiled layers see one shape.
+    """
+
+    def __init__(
+        self, student: Student, *, top_k: int | None, impl: str, tokens_per_batch: int, one_shape: bool = False
+    ) -> None:
+        self.student, self.top_k, self.impl, self.tokens_per_batch = student, top_k, impl, tokens_per_batch
+        self.one_shape = one_shape
+        self.packed = student.unpackable is None
+        self.work = Work()
+
+    def plan(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Which sequences share a pass, as indices."""
+        border = self.student.length_regime
+        if self.packed:
+            return list(packs(lengths, self.tokens_per_batch, border))
+        return list(length_batches(lengths, self.tokens_per_batch))
+
+    def prepare(self, members: Sequence[int], sequences: Sequences) -> Batch:
+        """Lay out a batch where the device can fetch it."""
+        return make_batch(
+            members,
+            sequences,
+            packed=self.packed,
+            pinned=self.student.device.type == "cuda",
+            fill_to=self.tokens_per_batch if self.one_shape else 0,
+        )
+
+    @torch.no_grad()
+    def run(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, list[Scored] | None]]:
+        """The statistics of each batch's sequences, in order of the batches.
+
+        A batch that the device's memory cannot hold comes back in several; a single sequence that it cannot hold, with
+        None in place of statistics.
+        """
+        ahead = 1 if self.student.device.type == "cuda" else 0
+        under_way: deque[_Pending] = deque()
+        for batch in batches:
+            pieces = deque([batch])
+            while pieces:
+                piece = pieces.popleft()
+                if piece.n_tokens > self.tokens_per_batch and len(piece.members) > 1:
+                    pieces.extendleft(reversed(self._split(piece)))
+                    continue
+                pending = self._start(piece)
+                if pending is not None:
+                    under_way.append(pending)
+                elif len(piece.members) > 1:
+                    self.tokens_per_batch = max(1, piece.n_tokens // 2)
+                    self.work.halvings += 1
+                    pieces.appendleft(piece)
+                yield from self._finished(under_way, 0 if pending is None else ahead)
+                if pending is None and len(piece.members) == 1:
+                    yield piece, None
+        yield from self._finished(under_way, 0)
+
+    def _finished(self, under_way: deque["_Pending"], left: int) -> Iterator[tuple[Batch, list[Scored]]]:
+        while len(under_way) > left:
+            pending = under_way.popleft()
+            scored = pending.result()
+            self.work.device_seconds += pending.seconds()
+            self.work.padded_tokens += pending.batch.n_padded
+            self.work.batches += 1
+            yield pending.batch, scored
+
+    def _split(self, batch: Batch) -> list[Batch]:
+        return [
+            self.prepare([batch.members[i] for i in group], [batch.sequences[i] for i in group])
+            for group in self.plan(batch.lengths)
+        ]
+
+    def _start(self, batch: Batch) -> "_Pending | None":
+        """Send a batch on its way; None where the device's memory does not suffice, even once it has been tidied."""
+        for _ in range(2):
+            try:
+                return self._launch(batch)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+            # Outside the handler: the traceback holds what the pass had made.
+            if self.student.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return None
+
+    def _launch(self, batch: Batch) -> "_Pending":
+        clock = _Clock(self.student.device)
+        inputs = batch.on(self.student.device)
+        hidden = self.student.hidden(inputs.ids, inputs.pack, inputs.places)
+        head = self.student.head
+        stats = token_stats(
+            hidden.flatten(0, 1),
+            head.weight,
+            inputs.targets,
+            rows=inputs.rows,
+            bias=head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            top_k=self.top_k,
+            impl=self.impl,
+        )
+        return _Pending(batch, stats, trajectory_reduce(stats, inputs.ends), inputs.ends, clock)
+
+
+class _Clock:
+    """The time the device spends on a pass."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self._events[0].record()
+        self._times = [time.perf_counter()] * 2
+
+    def stop(self) -> None:
+        """No more work follows."""
+        if self.device.type == "cuda":
+            self._events[1].record()
+        self._times[1] = time.perf_counter()
+
+    def wait(self) -> None:
+        """Until the device has come to ``stop``."""
+        if self.device.type == "cuda":
+            self._events[1].synchronize()
+
+    def seconds(self) -> float:
+        """Between start and stop."""
+        if self.device.type == "cuda":
+            return self._events[0].elapsed_time(self._events[1]) / 1e3
+        return self._times[1] - self._times[0]
+
+
+class _Pending:
+    """A pass whose numbers are on their way to the host."""
+
+    def __init__(
+        self, batch: Batch, stats: TokenStats, reduction: TrajectoryReduction, ends: Tensor, clock: _Clock
+    ) -> None:
+        self.batch, self._clock = batch, clock
+        means = reduction.means
+        columns = {
+            "nll": means.nll,
+            "brier": means.brier,
+            "brier_topk": means.brier_topk,
+            "entropy": means.entropy,
+            "rank_mean": means.rank,
+            "rsr": reduction.rsr,
+        }
+        # From a GPU into pinned memory, without a wait.
+        self._columns = {name: _to_host(column) for name, column in columns.items()}
+        self._stats, self._ends = stats.map(_to_host), _to_host(ends)
+        clock.stop()
+
+    def result(self) -> list[Scored]:
+        """One a sequence, in order; waits for the device."""
+        self._clock.wait()
+        numbers = {name: None if column is None else column.tolist() for name, column in self._columns.items()}
+        return [
+            Scored(
+                self._stats.map(lambda values, a=start, b=end: values[a:b]),
+                {name: None if column is None else column[row] for name, column in numbers.items()},
+            )
+            for row, (start, end) in enumerate(itertools.pairwise(self._ends.tolist()))
+        ]
+
+    def seconds(self) -> float:
+        """The device's time, once ``result`` has been there."""
+        return self._clock.seconds()
+
+
+def _to_host(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.to("cpu", non_blocking=True)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # A CPU's allocator has no exception of its own.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
