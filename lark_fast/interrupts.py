@@ -2,16 +2,20 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class Interrupts:
-    """Inside ``with Interrupts() as interrupts`` both signals raise KeyboardInterrupt, but not inside ``held``.
+    """Inside ``with Interrupts() as interrupts`` both signals raise KeyboardInterrupt; inside ``held`` they wait.
 
-    A signal that somebody else handles or ignores (nohup) stays theirs, and outside the main thread Python allows no
-    handlers: there nothing changes.
+    Only the first waits: who presses Ctrl-C twice means it, and gets the exception at once. A signal that somebody else
+    handles or ignores (nohup) stays theirs, and outside the main thread Python allows no handlers: there nothing
+    changes.
     """
 
     def __init__(self) -> None:
@@ -31,16 +35,24 @@ class Interrupts:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Let signals wait until the end of the block."""
+        """Let the first signal wait until the end of the block."""
         self._held = True
         try:
             yield
         finally:
             self._held = False
-        if self._waiting:
+            waiting, self._waiting = self._waiting, False  # it is answered now: it must not count as the first again
+        if waiting:
             raise KeyboardInterrupt
 
+    def until_asked(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, until a signal waits; for loops inside ``held``."""
+        for item in items:
+            if self._waiting:
+                return
+            yield item
+
     def _receive(self, *_: int | FrameType | None) -> None:
-        if not self._held:
+        if not self._held or self._waiting:
             raise KeyboardInterrupt
         self._waiting = True

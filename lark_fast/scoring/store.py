@@ -1,64 +1,41 @@
-"""The scores directory: Parquet parts that appear whole, a manifest, and a finishing step that adds rho and g_hat.
+"""The scores directory: Parquet parts that appear whole, a journal of what is in hand, and a manifest.
 
-    scores/part-000000.parquet ...   one row a trajectory, in the order of the pool
+    scores/part-000000.parquet ...   one row a trajectory, in the order of the pool: a part a window
+    scores/journal-000007            rows of the window that will be part 7, pack by pack; gone once the part is there
     scores/manifest.json             student, config, counts, timing; "complete" once every row has its g_hat
     scores/rejected.jsonl            {source, line, reason}
+    scores/.lock                     held by the run that writes here
 
-Parts are only ever replaced by rename, so at any moment the directory holds exactly the windows that were finished.
+Parts are only ever replaced by rename, and a frame of the journal counts once it is whole, so at any moment the
+directory holds exactly the packs that were finished. Readers need neither the lock nor the journal.
 """
 
 import json
-import tempfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lark_fast.errors import UserError
-from lark_fast.files import TEMPORARY_SUFFIX, atomic_path, write_json, writing_to
-from lark_fast.scoring.learnability import g_hat, rho
+from lark_fast.files import TEMPORARY_SUFFIX, write_json, writing_to
+from lark_fast.scoring.finishing import add_learnability
+from lark_fast.scoring.journal import Journal
+from lark_fast.scoring.lock import DirectoryLock
+from lark_fast.scoring.parts import part_files, part_number, part_path, reading, schema, write_part
 
 FORMAT = 1
-GROUP_ROWS = 1_000_000  # rows whose problems are grouped in memory at a time
 LARK_JSON = "lark_ghat.json"  # of ``export``; stale once the store changes
-STATISTICS = ("nll", "brier", "brier_topk", "entropy", "rank_mean", "rsr")
-PER_TOKEN = {
-    "token_nll": pa.float32(),
-    "token_brier": pa.float32(),
-    "token_brier_topk": pa.float32(),
-    "token_entropy": pa.float32(),
-    "token_rank": pa.int32(),
-}
 
-
-def schema(*, top_k: int | None, per_token: bool = False, final: bool = False) -> pa.Schema:
-    """Columns of a part, raw or final."""
-    statistics = [name for name in STATISTICS if name != "brier_topk" or top_k is not None]
-    tokens = [name for name in PER_TOKEN if per_token and (name != "token_brier_topk" or top_k is not None)]
-    derived = ["rho", "g_hat"] if final else []
-    return pa.schema(
-        [
-            ("problem_id", pa.string()),
-            ("candidate_id", pa.string()),
-            ("teacher", pa.string()),
-            ("source", pa.string()),
-            ("n_tokens", pa.int32()),
-            ("n_input_tokens", pa.int32()),
-            ("truncated", pa.bool_()),
-            *[(name, pa.float64()) for name in (*statistics, *derived)],
-            ("content_hash", pa.binary(16)),
-            ("token_hash", pa.binary(16)),
-            *[(name, pa.list_(PER_TOKEN[name])) for name in tokens],
-        ]
-    )
+Key = tuple[str, str]  # (problem_id, candidate_id)
 
 
 class ScoreStore:
-    """One scores directory.
+    """One scores directory, open for writing until ``close`` or the end of a ``with`` block.
+
+    A run appends the rows of each pack as it is done and closes each window. What a stopped run had appended to a
+    window that it did not close is in ``unfinished`` when the directory is opened again.
 
     Args:
         directory: where it is; made when it does not exist.
@@ -66,27 +43,46 @@ class ScoreStore:
             another identity is refused.
         overwrite: throw away what is there.
 
+    Attributes:
+        unfinished: content_hash of each row that the journal held when the directory was opened. The window it belongs
+            to is cut again and closed with these rows; the dict stays as it is meanwhile.
+
     Raises:
-        UserError: the directory holds scores of another student or config, or something that is not a score store.
+        UserError: the directory holds scores of another student or config, or something that is not a score store;
+            another run is writing to it; it cannot be written to.
     """
 
     def __init__(self, directory: str | Path, identity: dict[str, Any], *, overwrite: bool = False) -> None:
         self.directory, self.identity = Path(directory), identity
         self.manifest: dict[str, Any] = {"complete": False}
+        self._columns = schema(top_k=identity["top_k"], per_token=identity["per_token"])
+        self._tables: list[pa.Table] = []  # the rows of the journal
+        self._place: dict[Key, int] = {}  # where in them a row is; the last one of a key counts
+        self._written_early: set[Key] = set()  # rows of the journal that were in no window when it was closed
+        self._lock = DirectoryLock(self.directory)
         with writing_to(directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            if self.parts():
-                # Without a manifest of ours they are somebody else's parts, and nothing of that is thrown away.
-                self.manifest = read_manifest(self.directory)
-                if overwrite:
-                    self._clear()
-                else:
-                    self._refuse_another_identity(self.manifest["identity"])
-            for name in ("part-*.parquet", "manifest.json", "rejected.jsonl", LARK_JSON):
-                for leftover in self.directory.glob(name + TEMPORARY_SUFFIX):
-                    leftover.unlink()
-            if not self.parts():
-                self.write_manifest(complete=False)
+            if not self._lock.path.exists():
+                self._read_manifest()  # nothing is written to a directory that is somebody else's, not even a lock
+            self._lock.acquire()
+            try:
+                self._open(overwrite)
+            except BaseException:
+                self._lock.release()
+                raise
+        contents = ((_keys(table), table["content_hash"].to_pylist()) for table in self._tables)
+        self.unfinished = {key: content for rows in contents for key, content in zip(*rows, strict=True)}
+
+    def __enter__(self) -> "ScoreStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another run have the directory. What was appended stays in the journal."""
+        self._journal.close()
+        self._lock.release()
 
     @property
     def manifest_path(self) -> Path:
@@ -97,31 +93,64 @@ class ScoreStore:
         """The finished parts, in the order of the pool."""
         return part_files(self.directory)
 
-    def keys(self) -> Iterator[tuple[tuple[str, str], bytes]]:
-        """((problem_id, candidate_id), content_hash) of every stored row."""
+    def scored_keys(self) -> Iterator[tuple[Key, bytes]]:
+        """((problem_id, candidate_id), content_hash) of every row of the finished parts."""
         for part in self.parts():
-            try:
+            with reading(part):
                 names = ["problem_id", "candidate_id", "content_hash"]
                 for batch in pq.ParquetFile(part).iter_batches(columns=names):
                     problem, candidate, content = (column.to_pylist() for column in batch.columns)
                     yield from zip(zip(problem, candidate, strict=True), content, strict=True)
-            except (OSError, pa.ArrowException) as error:
-                raise UserError(f"{part}: cannot be read ({error}); remove it, and it is scored again") from error
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Write one part; after this returns, the rows survive anything."""
-        if self.manifest["complete"]:
-            self.write_manifest(complete=False)
-            (self.directory / LARK_JSON).unlink(missing_ok=True)
-        parts = self.parts()
-        number = int(parts[-1].stem.removeprefix("part-")) + 1 if parts else 0
-        columns = schema(top_k=self.identity["top_k"], per_token=self.identity["per_token"])
-        self._write(self.directory / f"part-{number:06d}.parquet", pa.Table.from_pylist(list(rows), columns))
+        """Add rows, in any order, to the window in hand; after this returns they survive anything.
+
+        Args:
+            rows: a dict a row; columns of tokens may be arrays. A row that is there already is replaced.
+
+        Raises:
+            OSError: the disk is full or cannot be written to; what was appended before is kept.
+            ValueError: a part has one of these rows already.
+        """
+        if not rows:
+            return
+        table = pa.Table.from_pylist(list(rows), self._columns)
+        twice = self._written_early.intersection(_keys(table))
+        if twice:
+            raise ValueError(f"{twice.pop()} is in a part already: rows of `unfinished` are not scored again")
+        self._not_complete()
+        self._journal.append(_to_bytes(table))
+        self._take_in(table)
+
+    def close_window(self, keys: Sequence[Key]) -> None:
+        """Make the rows of the window in hand a part and drop the journal; no rows, no part.
+
+        Args:
+            keys: of all rows of the window, in the order of the pool. What the journal holds besides, of a pool that
+                has changed or is cut otherwise since, goes to the end of the part; a later window may name it still.
+
+        Raises:
+            OSError: the disk is full or cannot be written to; the journal is kept.
+            ValueError: a row was never appended.
+        """
+        if not keys:
+            return
+        places = []
+        for key in dict.fromkeys(keys):
+            if key in self._place:
+                places.append(self._place[key])
+            elif key not in self._written_early:
+                raise ValueError(f"{key} was never appended to its window")
+        self._write_part(places)
 
     def finish(self, **facts: Any) -> dict[str, Any]:
-        """Add rho and g_hat to every row, then call the store complete; returns the manifest."""
-        rows, problems, not_finite = self._add_learnability()
-        counts = facts.pop("counts", {}) | {"rows": rows, "problems": problems, "not_finite": not_finite}
+        """Add rho and g_hat to every row, then call the store complete; returns the manifest.
+
+        Rows of a window that was never closed become a part first.
+        """
+        self._write_part([])
+        self._journal.remove()
+        counts = facts.pop("counts", {}) | add_learnability(self.directory, self.identity)
         return self.write_manifest(complete=True, counts=counts, **facts)
 
     def write_manifest(self, *, complete: bool, **facts: Any) -> dict[str, Any]:
@@ -136,83 +165,71 @@ class ScoreStore:
         write_json(self.manifest_path, self.manifest)
         return self.manifest
 
-    def _add_learnability(self) -> tuple[int, int, int]:
-        """Out-of-core group-by: problems are hashed into groups that fit in memory, g_hat waits in a file on disk.
+    def _open(self, overwrite: bool) -> None:
+        """Everything that needs the lock: check, clear, sweep, and take up the journal of a stopped run."""
+        if self._read_manifest() and overwrite:
+            self._clear()
+        elif self.parts() or any(journal.stat().st_size for journal in self._journals()):
+            self._refuse_another_identity(self.manifest["identity"])
+        for name in ("part-*.parquet", "manifest.json", "rejected.jsonl", LARK_JSON):
+            for leftover in self.directory.glob(name + TEMPORARY_SUFFIX):
+                leftover.unlink()
+        if not self.parts():
+            self.write_manifest(complete=False)
+        self._take_up_journal()
 
-        Returns the numbers of rows, of problems, and of rows without a g_hat.
-        """
-        parts = self.parts()
-        sizes = [pq.read_metadata(part).num_rows for part in parts]
-        total = sum(sizes)
-        if not total:
-            return 0, 0, 0
-        groups = 1 + total // GROUP_ROWS
-        problems = 0
-        origin: dict[int, int] = {}  # row -> the first row of its problem with the same tokens
-        with tempfile.TemporaryFile(dir=self.directory) as scratch:
-            values = np.memmap(scratch, dtype=np.float64, mode="w+", shape=(total,))
-            for group in range(groups):
-                rows, problem, tokens, nll, brier = self._read_group(parts, sizes, group, groups)
-                problems += len(np.unique(problem))
-                first = _first_with_same_tokens(problem, tokens)
-                values[rows] = g_hat(nll[first], brier[first], problem)
-                moved = np.flatnonzero(first != np.arange(len(first)))
-                origin.update(zip(rows[moved].tolist(), rows[first[moved]].tolist(), strict=True))
-            self._rewrite(parts, sizes, values, origin)
-            not_finite = int(np.count_nonzero(np.isnan(values)))
-        return total, problems, not_finite
+    def _take_up_journal(self) -> None:
+        numbers = {part_number(part) for part in self.parts()}
+        self._start_window(max(numbers, default=-1) + 1)
+        for journal in self._journals():
+            number = int(journal.name.removeprefix("journal-"))
+            if number in numbers:
+                journal.unlink()  # its run was stopped between the part and this
+                continue
+            self._write_part([])  # of another journal: only a hand that moves files leaves two
+            self._start_window(number)
+            for frame in self._journal.frames:
+                self._take_in(pa.ipc.open_stream(frame).read_all())
 
-    def _read_group(self, parts: list[Path], sizes: list[int], group: int, groups: int) -> tuple[np.ndarray, ...]:
-        """Row numbers, problem codes, token-hash codes, nll and the Brier score used, of one group's rows."""
-        score = "brier" if self.identity["top_k"] is None else "brier_topk"
-        names = ["problem_id", "token_hash", "nll", score]
-        rows, tables, start = [], [], 0
-        for part, size in zip(parts, sizes, strict=True):
-            table = pq.read_table(part, columns=names)
-            keep = np.arange(size)
-            if groups > 1:
-                ids = table["problem_id"].combine_chunks().dictionary_encode()
-                of_word = np.array([zlib.crc32(word.encode()) % groups for word in ids.dictionary.to_pylist()])
-                keep = np.flatnonzero(of_word[ids.indices.to_numpy()] == group)
-                table = table.take(keep)
-            rows.append(start + keep)
-            tables.append(table)
-            start += size
-        table = pa.concat_tables(tables).combine_chunks()
-        codes = [table[name].combine_chunks().dictionary_encode().indices.to_numpy() for name in names[:2]]
-        numbers = [table[name].to_numpy() for name in names[2:]]
-        return np.concatenate(rows), *codes, *numbers
+    def _start_window(self, number: int) -> None:
+        self._number, self._journal = number, Journal(self.directory / f"journal-{number:06d}")
+        self._tables, self._place, self._rows = [], {}, 0
 
-    def _rewrite(self, parts: list[Path], sizes: list[int], values: np.ndarray, origin: dict[int, int]) -> None:
-        """Give every part its final columns. Rows with the tokens of an earlier candidate take that one's numbers."""
-        top_k, per_token = self.identity["top_k"], self.identity["per_token"]
-        final = schema(top_k=top_k, per_token=per_token, final=True)
-        shared = [name for name in STATISTICS if name in final.names]
-        wanted = set(origin.values())
-        numbers: dict[int, tuple[float, ...]] = {}
-        start = 0
-        for part, size in zip(parts, sizes, strict=True):
-            table = pq.read_table(part)
-            columns = {name: table[name].to_numpy().copy() for name in shared}
-            here = range(start, start + size)
-            for row in sorted((wanted | origin.keys()) & set(here)) if origin else ():
-                if row in origin:
-                    for name, number in zip(shared, numbers[origin[row]], strict=True):
-                        columns[name][row - start] = number
-                else:
-                    numbers[row] = tuple(columns[name][row - start] for name in shared)
-            columns["rho"] = rho(columns["nll"], columns["brier" if top_k is None else "brier_topk"])
-            columns["g_hat"] = values[start : start + size]
-            made = pa.table(
-                [pa.array(columns[n], pa.float64()) if n in columns else table[n] for n in final.names], schema=final
-            )
-            if not made.equals(table):
-                self._write(part, made)
-            start += size
+    def _take_in(self, table: pa.Table) -> None:
+        self._place.update(zip(_keys(table), range(self._rows, self._rows + len(table)), strict=True))
+        self._tables.append(table)
+        self._rows += len(table)
 
-    def _write(self, path: Path, table: pa.Table) -> None:
-        with atomic_path(path) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
+    def _write_part(self, places: list[int]) -> None:
+        """Write the journal's rows, those at ``places`` first, as the part it belongs to; begin the next."""
+        if not self._place:
+            return
+        named = set(places)
+        others = {key: place for key, place in self._place.items() if place not in named}
+        self._not_complete()
+        rows = pa.concat_tables(self._tables).combine_chunks().take([*places, *others.values()])
+        write_part(part_path(self.directory, self._number), rows)
+        self._written_early.update(others)
+        written = self._journal
+        self._start_window(self._number + 1)
+        written.remove()
+
+    def _not_complete(self) -> None:
+        """Before a row comes in: what was made of all rows no longer holds."""
+        if self.manifest["complete"]:
+            self.write_manifest(complete=False)
+            (self.directory / LARK_JSON).unlink(missing_ok=True)
+
+    def _journals(self) -> list[Path]:
+        return sorted(self.directory.glob("journal-" + "[0-9]" * 6))
+
+    def _read_manifest(self) -> bool:
+        """Whether a store was begun here."""
+        # Without a manifest of ours they are somebody else's files, and nothing of that is thrown away.
+        begun = bool(self.parts() or self._journals() or self.manifest_path.exists())
+        if begun:
+            self.manifest = read_manifest(self.directory)
+        return begun
 
     def _refuse_another_identity(self, stored: dict[str, Any]) -> None:
         differing = [name for name in {**stored, **self.identity} if stored.get(name) != self.identity.get(name)]
@@ -227,13 +244,8 @@ class ScoreStore:
 
     def _clear(self) -> None:
         others = (self.directory / name for name in ("rejected.jsonl", LARK_JSON))
-        for file in [*self.parts(), *others, self.manifest_path]:
+        for file in [*self.parts(), *self._journals(), *others, self.manifest_path]:
             file.unlink(missing_ok=True)
-
-
-def part_files(directory: str | Path) -> list[Path]:
-    """The parts of a scores directory, in the order of the pool."""
-    return sorted(Path(directory).glob("part-*.parquet"))
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
@@ -249,17 +261,20 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         raise UserError(f"{directory}: no manifest.json there; is it what `lark-fast score --out` wrote?") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
-    known = isinstance(manifest, dict) and manifest.get("format") == FORMAT
-    if not known or not {"identity", "complete", "brier"} <= manifest.keys():
-        raise UserError(f"{path}: not a manifest of this version of lark-fast (format {FORMAT})")
+    ours = isinstance(manifest, dict) and {"format", "identity", "complete", "brier"} <= manifest.keys()
+    if not ours or manifest["format"] != FORMAT:
+        found = f", but of format {manifest['format']!r}: use the version that wrote it" if ours else ""
+        raise UserError(f"{path}: not a manifest of this version of lark-fast (format {FORMAT}){found}")
     return manifest
 
 
-def _first_with_same_tokens(problem: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """For each row, the first row of the same problem and token hash."""
-    order = np.lexsort((np.arange(len(problem)), tokens, problem))
-    starts = np.ones(len(order), dtype=bool)
-    starts[1:] = (np.diff(problem[order]) != 0) | (np.diff(tokens[order]) != 0)
-    first = np.empty(len(order), dtype=np.int64)
-    first[order] = order[np.flatnonzero(starts)][np.cumsum(starts) - 1]
-    return first
+def _keys(table: pa.Table) -> list[Key]:
+    return list(zip(table["problem_id"].to_pylist(), table["candidate_id"].to_pylist(), strict=True))
+
+
+def _to_bytes(table: pa.Table) -> memoryview:
+    """A table as an Arrow stream, which says its columns itself."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return memoryview(sink.getvalue())

@@ -1,0 +1,77 @@
+"""The Parquet parts of a scores directory: their names, their columns, how one is written and read."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lark_fast.errors import UserError
+from lark_fast.files import atomic_path
+
+STATISTICS = ("nll", "brier", "brier_topk", "entropy", "rank_mean", "rsr")
+PER_TOKEN = {
+    "token_nll": pa.float32(),
+    "token_brier": pa.float32(),
+    "token_brier_topk": pa.float32(),
+    "token_entropy": pa.float32(),
+    "token_rank": pa.int32(),
+}
+
+
+def schema(*, top_k: int | None, per_token: bool = False, final: bool = False) -> pa.Schema:
+    """Columns of a part, raw or final."""
+    statistics = [name for name in STATISTICS if name != "brier_topk" or top_k is not None]
+    tokens = [name for name in PER_TOKEN if per_token and (name != "token_brier_topk" or top_k is not None)]
+    derived = ["rho", "g_hat"] if final else []
+    return pa.schema(
+        [
+            ("problem_id", pa.string()),
+            ("candidate_id", pa.string()),
+            ("teacher", pa.string()),
+            ("source", pa.string()),
+            ("n_tokens", pa.int32()),
+            ("n_input_tokens", pa.int32()),
+            ("truncated", pa.bool_()),
+            *[(name, pa.float64()) for name in (*statistics, *derived)],
+            ("content_hash", pa.binary(16)),
+            ("token_hash", pa.binary(16)),
+            *[(name, pa.list_(PER_TOKEN[name])) for name in tokens],
+        ]
+    )
+
+
+def part_files(directory: str | Path) -> list[Path]:
+    """The parts of a scores directory, in the order of the pool."""
+    return sorted(Path(directory).glob("part-*.parquet"))
+
+
+def part_path(directory: Path, number: int) -> Path:
+    """Where the part with this number is."""
+    return directory / f"part-{number:06d}.parquet"
+
+
+def part_number(part: Path) -> int:
+    """The number in a part's name."""
+    return int(part.stem.removeprefix("part-"))
+
+
+def write_part(path: Path, table: pa.Table) -> None:
+    """Write or replace a part; it appears whole or not at all."""
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+@contextmanager
+def reading(part: Path) -> Iterator[None]:
+    """A part that a bad disk has damaged is named, with what to do about it.
+
+    Raises:
+        UserError: what is read inside the block cannot be.
+    """
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())  # some of Arrow's end in a line break
+        raise UserError(f"{part}: cannot be read ({reason}); remove it, and it is scored again") from error
