@@ -1,4 +1,9 @@
+import os
+import pickle
 import random
+import subprocess
+import sys
+import tempfile
 import tracemalloc
 
 import pytest
@@ -123,3 +128,51 @@ def test_200_000_keys_take_at_most_64_bytes_each_even_while_growing():
         entry = table.find((str(number // 5), str(number % 5)))
         assert entry == (KeyTable.short_content(content_of(number)), number % 3 == 0)
     assert table.find(("40000", "0")) is None
+
+
+def test_a_snapshot_holds_what_was_there_when_it_was_taken():
+    table = KeyTable(8)
+    for number in range(500):
+        assert (str(number), "") not in table
+        table.add((str(number), ""), content_of(number), met=number % 2 == 0)
+        assert (str(number), "") in table
+    snapshot = table.snapshot()
+    for number in range(500, 2000):
+        table.add((str(number), ""), content_of(number), met=True)
+    assert [(str(number), "") in snapshot for number in range(2000)] == [number < 500 for number in range(2000)]
+    snapshot.close()
+
+
+def test_another_process_maps_the_snapshot_and_copies_nothing():
+    # 2^20 slots: 16 MiB, which the reader's own memory must not grow by.
+    table = KeyTable(1 << 20)
+    for number in range(1000):
+        table.add((str(number), "x"), content_of(number), met=False)
+    snapshot = table.snapshot()
+    script = """
+import pickle, sys, tracemalloc
+import lark_fast.pool.keys
+tracemalloc.start()
+snapshot = pickle.loads(bytes.fromhex(sys.argv[1]))
+found = sum((str(number), "x") in snapshot for number in range(3000))
+print(found, tracemalloc.get_traced_memory()[1] < 1 << 20)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, pickle.dumps(snapshot).hex()],
+        pass_fds=[snapshot.descriptor],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.stdout, done.stderr) == ("1000 True\n", "")
+    snapshot.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(snapshot.descriptor)
+
+
+def test_a_snapshot_leaves_no_name_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    snapshot = KeyTable().snapshot()
+    assert list(tmp_path.iterdir()) == []
+    snapshot.close()

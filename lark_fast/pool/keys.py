@@ -1,5 +1,8 @@
 """Which (problem, candidate) pairs are known, and with what content, in bounded memory."""
 
+import mmap
+import os
+import tempfile
 from typing import NamedTuple
 
 from lark_fast.hashing import hash_fields
@@ -37,6 +40,9 @@ class KeyTable:
 
     def __len__(self) -> int:
         return self._count
+
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        return self._words[self._slot(*_hash_key(key))] != 0
 
     @staticmethod
     def short_content(content: bytes) -> int:
@@ -78,17 +84,12 @@ class KeyTable:
         self._met_count += not self._words[slot + 1] & _MET
         self._words[slot + 1] |= _MET
 
+    def snapshot(self) -> "KeySnapshot":
+        """Return the keys there are now, for other processes to look up; OSError when the disk is full."""
+        return KeySnapshot(self._words)
+
     def _slot(self, high: int, low_key: int) -> int:
-        """Return the index of the first word of the key's entry, or of the empty slot where it belongs."""
-        words, mask = self._words, self._mask
-        index, step = high & mask, 0
-        while True:
-            found = words[2 * index]
-            if not found or (found == high and words[2 * index + 1] >> _LOW_KEY_SHIFT == low_key):
-                return 2 * index
-            # Triangular steps visit every slot of a power-of-two table and break up the runs of linear probing.
-            step += 1
-            index = (index + step) & mask
+        return _find_slot(self._words, self._mask, high, low_key)
 
     def _grow(self) -> None:
         old = self._words
@@ -99,6 +100,55 @@ class KeyTable:
                 low = old[first + 1]
                 slot = self._slot(high, low >> _LOW_KEY_SHIFT)
                 self._words[slot], self._words[slot + 1] = high, low
+
+
+class KeySnapshot:
+    """A set of keys that does not change, in a temporary file without a name that processes map and so share.
+
+    Pickled, it is the number of its file descriptor, which a process has to inherit to unpickle it. Memory that the
+    file takes, 20 to 40 bytes a key, is the operating system's to write out and take back; it goes with the last
+    descriptor.
+    """
+
+    def __init__(self, words: memoryview) -> None:
+        """Copy a table's words; OSError when the temporary directory cannot hold them."""
+        with tempfile.TemporaryFile() as file:
+            file.write(words)
+            file.flush()
+            self._attach(os.dup(file.fileno()))
+
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        return self._words[_find_slot(self._words, self._mask, *_hash_key(key))] != 0
+
+    def __getstate__(self) -> int:
+        return self.descriptor
+
+    def __setstate__(self, descriptor: int) -> None:
+        self._attach(descriptor)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._words.release()
+        self._map.close()
+        os.close(self.descriptor)
+
+    def _attach(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        self._words = memoryview(self._map).cast("Q")
+        self._mask = len(self._words) // 2 - 1
+
+
+def _find_slot(words: memoryview, mask: int, high: int, low_key: int) -> int:
+    """Return the index of the first word of the key's entry, or of the empty slot where it belongs."""
+    index, step = high & mask, 0
+    while True:
+        found = words[2 * index]
+        if not found or (found == high and words[2 * index + 1] >> _LOW_KEY_SHIFT == low_key):
+            return 2 * index
+        # Triangular steps visit every slot of a power-of-two table and break up the runs of linear probing.
+        step += 1
+        index = (index + step) & mask
 
 
 def _empty_words(capacity: int) -> memoryview:

@@ -31,6 +31,27 @@ class Rejected:
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawRecord:
+    """One record as it lies in the pool, told from its neighbours and not yet looked into. It can be pickled."""
+
+    source: str
+    line: int
+    ordinal: int
+    position: int  # how many bytes of the pool have been read so far; never falls
+    content: bytes | dict[str, Any] | RejectError  # JSON text, a Parquet row, or why there is none
+
+    def parse(self) -> Record | Rejected:
+        """Return the record, or the reason why it cannot be used."""
+        try:
+            if isinstance(self.content, RejectError):
+                raise self.content
+            raw = _parse_json(self.content) if isinstance(self.content, bytes) else self.content
+            return normalise(raw, source=self.source, line=self.line, ordinal=self.ordinal)
+        except RejectError as error:
+            return Rejected(source=self.source, line=self.line, reason=str(error))
+
+
 class Pool:
     """The records behind a list of paths, read one after the other in bounded memory.
 
@@ -46,7 +67,7 @@ class Pool:
         self.max_record_bytes = max_record_bytes
         self._sizes = [_size(file) for file in self.files]
         self.total_bytes = sum(self._sizes)
-        self.bytes_read = 0
+        self.bytes_read = self._end = 0
 
     @property
     def inputs(self) -> list[Path]:
@@ -58,18 +79,26 @@ class Pool:
 
         Raises UserError when a file has gone or cannot be read.
         """
-        self.bytes_read = ordinal = 0
+        for raw in self.read_raw(limit):
+            yield raw.parse()
+
+    def read_raw(self, limit: int | None = None) -> Iterator[RawRecord]:
+        """Yield every record of the pool as it lies there, for others to parse; see ``read``."""
+        self.bytes_read = self._end = ordinal = 0
         if limit == 0:
             return
-        for index, file in enumerate(self.files):
+        for file, size in zip(self.files, self._sizes, strict=True):
             source = str(file)
+            self._end += size
             with closing(self._read_file(file)) as raws:
-                for line, raw in raws:
-                    yield _record_or_reject(raw, source, line, ordinal)
+                for line, content in raws:
+                    yield RawRecord(
+                        source=source, line=line, ordinal=ordinal, position=self.bytes_read, content=content
+                    )
                     ordinal += 1
                     if ordinal == limit:
                         return
-            self.bytes_read = sum(self._sizes[: index + 1])
+            self.bytes_read = self._end
 
     def _read_file(self, file: Path) -> Iterator[tuple[int, bytes | dict[str, Any] | RejectError]]:
         if _is_parquet(file):
@@ -77,7 +106,8 @@ class Pool:
         return _split_records(read_chunks(file, self._count), self.max_record_bytes)
 
     def _count(self, size: int) -> None:
-        self.bytes_read += size
+        # A file may grow while it is read.
+        self.bytes_read = min(self.bytes_read + size, self._end)
 
 
 def _split_records(chunks: Iterator[bytes], max_record_bytes: int) -> Iterator[tuple[int, bytes | RejectError]]:
@@ -92,19 +122,6 @@ def _split_records(chunks: Iterator[bytes], max_record_bytes: int) -> Iterator[t
         yield from split(unsplit, max_record_bytes)
     if unsplit.damage is not None:
         yield unsplit.line, RejectError(str(unsplit.damage))
-
-
-def _record_or_reject(
-    raw: bytes | dict[str, Any] | RejectError, source: str, line: int, ordinal: int
-) -> Record | Rejected:
-    try:
-        if isinstance(raw, RejectError):
-            raise raw
-        if isinstance(raw, bytes):
-            raw = _parse_json(raw)
-        return normalise(raw, source=source, line=line, ordinal=ordinal)
-    except RejectError as error:
-        return Rejected(source=source, line=line, reason=str(error))
 
 
 def _parse_json(text: bytes) -> Any:
