@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.baselines import complaint
+from lark_fast.flop import square_product
 
 Run = Callable[[], Any]
 
@@ -152,9 +153,7 @@ def note_missing(peer: str) -> None:
 
 def ceiling(dtype: torch.dtype) -> tuple[Run, float]:
     """A square matrix product that runs as fast as the machine can, and its 2 n^3 FLOP."""
-    n = 8192 if DEVICE.type == "cuda" else 1024
-    a, b = torch.randn(2, n, n, device=DEVICE).to(dtype)
-    return lambda: a @ b, 2.0 * n**3
+    return square_product(DEVICE, dtype)
 
 
 def _rounds(seconds: float, budget: float, least: int, most: int) -> int:
