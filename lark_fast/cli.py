@@ -1,5 +1,6 @@
 """The command line: arguments in, one call, a few lines out. Heavy imports wait until a command runs."""
 
+import json
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -9,7 +10,6 @@ import typer
 
 if TYPE_CHECKING:
     from lark_fast.rendering.renderer import RenderOptions
-    from lark_fast.scoring.run import ScoreSummary
 
 T = TypeVar("T")
 
@@ -125,13 +125,18 @@ def score(
     chat_template: TemplateOption = None,
     last_turn_only: LastTurnOption = False,
     long: LongOption = Long.truncate,
-    tokens_per_batch: Annotated[str, typer.Option(help="Padded tokens of one forward pass, or auto.")] = "auto",
+    tokens_per_batch: Annotated[str, typer.Option(help="Tokens of one forward pass, or auto: what fits.")] = "auto",
+    workers: Annotated[str, typer.Option(help="Processes that read and tokenise, or auto.")] = "auto",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the student's layers first: faster on long runs.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first N records.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read, render and count; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what a run would take; write nothing.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop with exit code 2 at the first reject.")] = False,
     overwrite: OverwriteOption = False,
     per_token: Annotated[bool, typer.Option("--per-token", help="Also store every token's statistics.")] = False,
     export: Annotated[Export | None, typer.Option(help="Also write the scores in this format.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Sum up as one JSON object on stdout.")] = False,
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
     """One forward pass over every trajectory of a pool: nll, Brier score, entropy, rank, rho and g_hat."""
@@ -146,7 +151,9 @@ def score(
         device=device,
         options=_options(span, render, system, last_turn_only, long, max_length),
         chat_template=_template(chat_template),
-        tokens_per_batch=_tokens_per_batch(tokens_per_batch),
+        tokens_per_batch=_number_or_auto(tokens_per_batch, "--tokens-per-batch", at_least=1),
+        workers=_number_or_auto(workers, "--workers", at_least=0),
+        compile=compile,
         limit=limit,
         dry_run=dry_run,
         strict=strict,
@@ -156,7 +163,10 @@ def score(
         trust_remote_code=trust_remote_code,
     )
     summary = score_pool(config)
-    _print_score_summary(summary, dry_run)
+    if as_json:
+        print(json.dumps(summary.as_json()))
+    else:
+        print("\n".join(summary.lines()), flush=True)
     if not (summary.scored or summary.kept):
         print("lark-fast: nothing could be scored", file=sys.stderr)
         raise typer.Exit(3)
@@ -309,32 +319,6 @@ def demo(
     run_demo(out, seed=seed)
 
 
-def _print_score_summary(summary: "ScoreSummary", dry_run: bool) -> None:
-    if dry_run:
-        _say(
-            f"{summary.scored:,} of {summary.records:,} records can be scored: {summary.input_tokens:,} tokens, "
-            f"{summary.scored_tokens:,} of them scored; nothing was written"
-        )
-    else:
-        _say(
-            f"{summary.scored:,} trajectories scored "
-            f"({summary.input_tokens:,} tokens, {summary.scored_tokens:,} scored) "
-            f"in {summary.seconds:.1f} s: {summary.tokens_per_second:,.0f} tokens/s"
-        )
-        if summary.kept:
-            _say(f"{summary.kept:,} trajectories had been scored before and were kept")
-        _say(f"{summary.out}: {summary.rows:,} trajectories of {summary.problems:,} problems")
-        if summary.not_finite:
-            _say(f"{summary.not_finite:,} trajectories have no g_hat (statistics that are not finite, or nll 0)")
-    if summary.truncated:
-        _say(f"{summary.truncated:,} trajectories were longer than the maximum length and were cut")
-    if summary.rejected:
-        where = "" if dry_run else f", listed in {Path(summary.out) / 'rejected.jsonl'}"
-        _say(f"{summary.rejected:,} of {summary.records:,} records rejected{where}")
-        for line in summary.first_rejects:
-            _say(f"  {line}")
-
-
 def _options(
     span: Span, render: Render, system: System, last_turn_only: bool, long: Long, max_length: int
 ) -> "RenderOptions":
@@ -369,11 +353,11 @@ def _template(path: Path | None) -> str | None:
         raise UserError(f"--chat-template {path}: cannot be read: {error}") from error
 
 
-def _tokens_per_batch(text: str) -> int | None:
+def _number_or_auto(text: str, option: str, *, at_least: int) -> int | None:
     if text == "auto":
         return None
-    if not text.isdecimal() or int(text) < 1:
-        raise typer.BadParameter("a whole number of tokens, or auto", param_hint="--tokens-per-batch")
+    if not text.isdecimal() or int(text) < at_least:
+        raise typer.BadParameter(f"a whole number, at least {at_least}, or auto", param_hint=option)
     return int(text)
 
 

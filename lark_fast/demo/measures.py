@@ -47,7 +47,7 @@ def solved(student: Path, problems: Sequence[Problem]) -> NDArray[np.bool_]:
 
     from lark_fast.student import load_student
 
-    loaded = load_student(str(student))
+    loaded = load_student(str(student), dtype="float32")
     tokenizer = loaded.tokenizer
     tokenizer.padding_side = "left"  # so that all answers begin in the same place
     prompts = [

@@ -1,31 +1,36 @@
-"""``lark-fast score``: a pool streams through the renderer and the scorer into a store, one window at a time."""
+"""``lark-fast score``: what was asked for is put together, run, and summed up."""
 
 import json
 import platform
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 import lark_fast
-from lark_fast.errors import RejectError, UserError
+from lark_fast.errors import UserError
 from lark_fast.files import atomic_open, refuse_overlap, writing_to
-from lark_fast.packing import windows
+from lark_fast.interrupts import Interrupts
 from lark_fast.pool.keys import KeyTable
-from lark_fast.pool.reading import Pool, Rejected
-from lark_fast.pool.records import Record
-from lark_fast.progress import Progress, track
-from lark_fast.rendering.renderer import Rendered, Renderer, RenderOptions, TemplateError
+from lark_fast.pool.reading import Pool
+from lark_fast.progress import Progress, Throughput, track
+from lark_fast.rendering.renderer import Renderer, RenderOptions
 from lark_fast.scoring.export import export_lark_json
-from lark_fast.scoring.store import ScoreStore
+from lark_fast.scoring.feed import Feed, Trajectory, default_workers
+from lark_fast.scoring.metrics import MetricsLog
+from lark_fast.scoring.store import ScoreStore, read_manifest
+from lark_fast.scoring.summary import ScoreSummary
 
-SHOWN_REJECTS = 3
+if TYPE_CHECKING:
+    from lark_fast.scoring.forward import Scored
+    from lark_fast.scoring.scorer import Scorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +46,8 @@ class ScoreConfig:
     options: RenderOptions = field(default_factory=RenderOptions)
     chat_template: str | None = None  # the template itself
     tokens_per_batch: int | None = None
+    workers: int | None = None  # processes that render; None: by the device
+    compile: bool = False
     limit: int | None = None
     dry_run: bool = False
     strict: bool = False
@@ -50,35 +57,11 @@ class ScoreConfig:
     trust_remote_code: bool = False
 
 
-@dataclass(slots=True, kw_only=True)
-class ScoreSummary:
-    """What came of a run."""
-
-    out: str
-    records: int = 0  # read from the pool
-    scored: int = 0  # in this run
-    kept: int = 0  # scored by an earlier run
-    truncated: int = 0  # in this run
-    rejected: int = 0
-    first_rejects: list[str] = field(default_factory=list)
-    input_tokens: int = 0  # of the trajectories scored in this run
-    scored_tokens: int = 0
-    seconds: float = 0.0  # of rendering, forward passes and writing
-    rows: int = 0  # in the store
-    problems: int = 0
-    not_finite: int = 0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Input tokens a second, rendering and writing included."""
-        return self.input_tokens / self.seconds if self.seconds else 0.0
-
-
 def score_pool(config: ScoreConfig) -> ScoreSummary:
     """Score every trajectory of a pool that the store does not hold yet.
 
     Returns:
-        Counts and timing; ``dry_run`` reads, renders and counts, and writes nothing.
+        Counts and timing; ``dry_run`` reads, renders, counts and estimates, and writes nothing.
 
     Raises:
         UserError: bad input; what was finished stays in the store.
@@ -86,141 +69,174 @@ def score_pool(config: ScoreConfig) -> ScoreSummary:
     """
     pool = Pool(config.pool)
     if config.dry_run:
-        return _dry_run(config, pool)
-    refuse_overlap(config.out, {"--pool": pool.inputs})
-    from lark_fast.scoring.scorer import Scorer
-    from lark_fast.student import load_student
+        from lark_fast.scoring.dry_run import dry_run
 
-    student = load_student(
-        config.student, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
-    )
-    options = config.options.fitting(student.max_positions)
-    scorer = Scorer(
-        student,
-        top_k=config.top_k,
-        options=options,
-        chat_template=config.chat_template,
-        tokens_per_batch=config.tokens_per_batch,
-    )
-    store = ScoreStore(config.out, _identity(config, scorer), overwrite=config.overwrite)
+        return dry_run(config, pool)
+    refuse_overlap(config.out, {"--pool": pool.inputs})
+    scorer = load_scorer(config)
     summary = ScoreSummary(out=config.out)
-    rejects = store.directory / "rejected.jsonl"
-    with writing_to(config.out), _reject_log(rejects) as log, track("scoring", pool.total_bytes) as progress:
-        display = _Display(progress, pool, summary)
-        stream = _Stream(config, pool, store, scorer.renderer, summary, log)
-        for window in windows(((item, len(item[1].input_ids)) for item in stream), max_tokens=scorer.tokens_per_window):
-            rendered = [rendered for _, rendered in window]
-            stats = scorer.score_rendered(rendered, display.inside_window(sum(len(r.input_ids) for r in rendered)))
-            store.append([_row(record, s, config) for (record, _), s in zip(window, stats, strict=True)])
-            summary.scored += len(window)
-            summary.input_tokens += sum(s.n_input_tokens for s in stats)
-            summary.scored_tokens += sum(s.n_tokens for s in stats)
-            display.after_window()
-    with writing_to(config.out):
+    with (
+        Interrupts() as interrupts,
+        ScoreStore(config.out, _identity(config, scorer), overwrite=config.overwrite) as store,
+        writing_to(config.out),
+    ):
+        _score(config, pool, scorer, store, summary, interrupts)
         _finish(config, store, summary)
     return summary
 
 
-class _Stream:
-    """The records of the pool that are still to be scored, rendered; rejects go to the log on the way."""
+def load_scorer(config: ScoreConfig) -> "Scorer":
+    """The student and what goes with it, as asked for."""
+    from lark_fast.scoring.scorer import Scorer
+    from lark_fast.student import load_student
+
+    dtype = config.dtype
+    if dtype == "auto" and not config.overwrite:
+        # A store that has been begun goes on in its own precision, wherever it was begun.
+        dtype = _stored_dtype(config.out)
+    student = load_student(
+        config.student, device=config.device, dtype=dtype, trust_remote_code=config.trust_remote_code
+    )
+    return Scorer(
+        student,
+        top_k=config.top_k,
+        options=config.options.fitting(student.max_positions),
+        chat_template=config.chat_template,
+        tokens_per_batch=config.tokens_per_batch,
+        compile=config.compile,
+    )
+
+
+def _stored_dtype(out: str) -> str:
+    try:
+        return read_manifest(out)["identity"].get("dtype", "auto")
+    except UserError:
+        return "auto"  # nothing has been begun, or the store will say what is wrong with it
+
+
+def make_feed(
+    config: ScoreConfig, pool: Pool, renderer: Renderer, device: str, known: KeyTable, rejects: "Rejects"
+) -> Feed:
+    """The pool's trajectories that are not known yet."""
+    workers = default_workers(device) if config.workers is None else config.workers
+    return Feed(pool, renderer, known=known, on_reject=rejects, limit=config.limit, workers=workers)
+
+
+class Rejects:
+    """What becomes of records that cannot be used: counted, shown, logged; any thread may call it."""
+
+    def __init__(self, config: ScoreConfig, summary: ScoreSummary, log: IO[str] | None = None) -> None:
+        self._strict, self._summary, self._log, self._lock = config.strict, summary, log, threading.Lock()
+
+    def __call__(self, source: str, line: int, reason: str) -> None:
+        """Note a record of ``source`` and why it cannot be used.
+
+        Raises:
+            UserError: with ``strict``, at the first.
+        """
+        where = f"{source}:{line}: {reason}"
+        with self._lock:
+            self._summary.note_reject(where)
+            if self._log is not None:
+                self._log.write(json.dumps({"source": source, "line": line, "reason": reason}) + "\n")
+        if self._strict:
+            raise UserError(f"{where} (--strict)")
+
+
+def _score(
+    config: ScoreConfig,
+    pool: Pool,
+    scorer: "Scorer",
+    store: ScoreStore,
+    summary: ScoreSummary,
+    interrupts: Interrupts,
+) -> None:
+    from lark_fast.flop import ForwardCost, matmul_ceiling
+    from lark_fast.scoring.engine import Engine, cut_windows
+
+    student, known = scorer.student, KeyTable()
+    for key, content in store.scored_keys():
+        known.add(key, content, met=False)
+    summary.ceiling = matmul_ceiling(student.device, student.dtype)
+    with (
+        _reject_log(store.directory / "rejected.jsonl") as log,
+        scorer.passes() as passes,
+        track("scoring", pool.total_bytes) as progress,
+    ):
+        if not passes.packed:
+            _say(f"{student.unpackable}: trajectories are scored in padded batches")
+        rejects = Rejects(config, summary, log)
+        feed = make_feed(config, pool, scorer.renderer, student.device.type, known, rejects)
+        watch = _Watch(config, scorer.options, summary, feed, progress, MetricsLog(store.directory / "metrics.jsonl"))
+
+        def reject(item: Trajectory) -> None:
+            rejects(item.source, item.line, f"{len(item.input_ids)} tokens do not fit into the device's memory")
+
+        engine = Engine(
+            passes,
+            ForwardCost.of(student.model),
+            store,
+            summary.account,
+            row=lambda item, scored: _row(item, scored, config.per_token),
+            reject=reject,
+            progress=watch,
+        )
+        try:
+            engine.run(cut_windows(feed, passes, store.unfinished, scorer.tokens_per_window), interrupts)
+        finally:
+            watch.close()
+
+
+class _Watch:
+    """Keeps the summary, the live line and metrics.jsonl up to date while the engine runs."""
 
     def __init__(
         self,
         config: ScoreConfig,
-        pool: Pool,
-        store: ScoreStore | None,
-        renderer: Renderer,
+        options: RenderOptions,
         summary: ScoreSummary,
-        log: IO[str] | None,
+        feed: Feed,
+        progress: Progress,
+        metrics: MetricsLog,
     ) -> None:
-        self.config, self.pool, self.renderer, self.summary, self.log = config, pool, renderer, summary, log
-        self.known = KeyTable()
-        for key, content in store.keys() if store else ():
-            self.known.add(key, content, met=False)
-        self.resumed = len(self.known) > 0
+        self.summary, self.feed, self.progress, self.metrics = summary, feed, progress, metrics
+        self.limit, self.asked = options.max_length, config.options.max_length
+        self.rate = Throughput(summary.ceiling)
+        self.started, self.first = time.monotonic(), True
 
-    def __iter__(self) -> Iterator[tuple[Record, Rendered]]:
-        for item in self.pool.read(self.config.limit):
-            self.summary.records += 1
-            if isinstance(item, Rejected):
-                self.reject(item.source, item.line, item.reason)
-            elif self._is_new(item):
-                try:
-                    rendered = self.renderer(item)
-                except TemplateError as error:
-                    # The template is at fault, so others will follow: say so before hours are spent. A run that has
-                    # got somewhere goes on instead, since another rendering could not share its directory.
-                    if not self.resumed and not self.summary.scored:
-                        raise UserError(f"{item.source}:{item.line}: {error}") from error
-                    self.reject(item.source, item.line, str(error))
-                except RejectError as error:
-                    self.reject(item.source, item.line, str(error))
-                else:
-                    self._note_truncation(rendered)
-                    self.known.add(item.key, item.content_hash(), met=True)
-                    yield item, rendered
+    def __call__(self, position: float) -> None:
+        """How many bytes of the pool are done."""
+        self._take_over()
+        if self.first:  # what lies before has been scored by an earlier run
+            self.progress.pace_from(position)
+            self.first = False
+        account = self.summary.account
+        detail = self.rate.detail(account.input_tokens, account.forward_flop, account.rejected)
+        self.progress.update(position, detail)
+        self.metrics.update(account, self.summary.ceiling)
 
-    def _note_truncation(self, rendered: Rendered) -> None:
-        self.summary.truncated += rendered.truncated
-        limit, asked = self.renderer.options.max_length, self.config.options.max_length
-        if self.summary.truncated == 1 and rendered.truncated and limit < asked:
-            print(
-                f"lark-fast: trajectories are cut at the student's {limit} positions (--max-length is {asked}); "
-                "--long reject leaves such records out",
-                file=sys.stderr,
+    def close(self) -> None:
+        """The run has ended, well or not."""
+        self._take_over()
+        self.metrics.finish(self.summary.account, self.summary.ceiling)
+
+    def _take_over(self) -> None:
+        account, feed = self.summary.account, self.feed
+        account.seconds = time.monotonic() - self.started
+        account.records, account.kept, account.render_seconds = feed.records, feed.kept, feed.render_seconds
+        if feed.truncated and not self.summary.truncated and self.limit < self.asked:
+            _say(
+                f"trajectories are cut at the student's {self.limit} positions (--max-length is {self.asked}); "
+                "--long reject leaves such records out"
             )
-
-    def _is_new(self, record: Record) -> bool:
-        entry = self.known.find(record.key)
-        if entry is None:
-            return True
-        if entry.met:
-            problem, candidate = record.key
-            self.reject(
-                record.source, record.line, f"problem {problem!r} has a candidate {candidate!r} already (duplicate)"
-            )
-            return False
-        if entry.content != KeyTable.short_content(record.content_hash()):
-            # A stored score must not stand for a text that is no longer there.
-            raise UserError(
-                f"{record.source}:{record.line}: this record's text is not the one that was scored; "
-                "give a changed pool a directory of its own, or --overwrite"
-            )
-        self.known.mark(record.key)
-        self.summary.kept += 1
-        return False
-
-    def reject(self, source: str, line: int, reason: str) -> None:
-        """Count and log a record that cannot be used."""
-        self.summary.rejected += 1
-        where = f"{source}:{line}: {reason}"
-        if self.config.strict:
-            raise UserError(f"{where} (--strict)")
-        if len(self.summary.first_rejects) < SHOWN_REJECTS:
-            self.summary.first_rejects.append(where)
-        if self.log is not None:
-            self.log.write(json.dumps({"source": source, "line": line, "reason": reason}) + "\n")
+        self.summary.truncated = feed.truncated
 
 
-def _dry_run(config: ScoreConfig, pool: Pool) -> ScoreSummary:
-    from lark_fast.student import load_config, load_tokenizer
-
-    student = load_config(config.student, config.trust_remote_code)
-    options = config.options.fitting(getattr(student, "max_position_embeddings", None))
-    tokenizer = load_tokenizer(config.student, config.trust_remote_code)
-    renderer = Renderer(tokenizer, options, vocab_size=student.vocab_size, chat_template=config.chat_template)
-    summary = ScoreSummary(out=config.out)
-    with track("rendering", pool.total_bytes) as progress:
-        display = _Display(progress, pool, summary)
-        for _, rendered in _Stream(config, pool, None, renderer, summary, None):
-            summary.scored += 1
-            summary.input_tokens += len(rendered.input_ids)
-            summary.scored_tokens += rendered.n_scored
-            display.after_window()
-    return summary
+def _say(text: str) -> None:
+    print(f"lark-fast: {text}", file=sys.stderr)
 
 
-def _identity(config: ScoreConfig, scorer: Any) -> dict[str, Any]:
+def _identity(config: ScoreConfig, scorer: "Scorer") -> dict[str, Any]:
     """Everything that decides the numbers."""
     from lark_fast.student import fingerprint
 
@@ -236,29 +252,24 @@ def _identity(config: ScoreConfig, scorer: Any) -> dict[str, Any]:
     }
 
 
-def _row(record: Record, stats: Any, config: ScoreConfig) -> dict[str, Any]:
+def _row(item: Trajectory, scored: "Scored", per_token: bool) -> dict[str, Any]:
     row = {
-        "problem_id": record.key[0],
-        "candidate_id": record.key[1],
-        "teacher": record.teacher,
-        "source": record.source,
-        "n_tokens": stats.n_tokens,
-        "n_input_tokens": stats.n_input_tokens,
-        "truncated": stats.truncated,
-        "nll": stats.nll,
-        "brier": stats.brier,
-        "brier_topk": stats.brier_topk,
-        "entropy": stats.entropy,
-        "rank_mean": stats.rank_mean,
-        "rsr": stats.rsr,
-        "content_hash": record.content_hash(),
-        "token_hash": stats.token_hash,
+        "problem_id": item.key[0],
+        "candidate_id": item.key[1],
+        "teacher": item.teacher,
+        "source": item.source,
+        "n_tokens": len(scored.tokens.nll),
+        "n_input_tokens": len(item.input_ids),
+        "truncated": item.truncated,
+        **scored.means,
+        "content_hash": item.content_hash,
+        "token_hash": item.token_hash,
     }
-    if config.per_token:
+    if per_token:
         row |= {
             f"token_{name}": values.numpy()
             for name in ("nll", "brier", "brier_topk", "entropy", "rank")
-            if (values := getattr(stats.tokens, name)) is not None
+            if (values := getattr(scored.tokens, name)) is not None
         }
     return row
 
@@ -267,11 +278,10 @@ def _finish(config: ScoreConfig, store: ScoreStore, summary: ScoreSummary) -> No
     import torch
     import transformers
 
+    account = summary.account.as_json(summary.ceiling)
     timing = {
-        "seconds": round(summary.seconds, 3),
-        "input_tokens": summary.input_tokens,
-        "scored_tokens": summary.scored_tokens,
-        "tokens_per_second": round(summary.tokens_per_second, 1),
+        name: account[name]
+        for name in ("seconds", "input_tokens", "scored_tokens", "tokens_per_second", "ceiling_share")
     }
     manifest = store.finish(
         config={
@@ -293,9 +303,9 @@ def _finish(config: ScoreConfig, store: ScoreStore, summary: ScoreSummary) -> No
             "python": platform.python_version(),
         },
     )
-    summary.rows = manifest["counts"]["rows"]
-    summary.problems = manifest["counts"]["problems"]
-    summary.not_finite = manifest["counts"]["not_finite"]
+    for name in ("rows", "problems", "not_finite"):
+        setattr(summary, name, manifest["counts"][name])
+    summary.complete = True
     if config.export == "lark-json":
         export_lark_json(store.directory)
 
@@ -311,25 +321,3 @@ def _reject_log(path: Path) -> Iterator[IO[str]]:
             stopped = error
     if stopped is not None:
         raise stopped
-
-
-class _Display:
-    """How far through the pool's bytes the run is, and at what rate, between windows and inside them."""
-
-    def __init__(self, progress: Progress, pool: Pool, summary: ScoreSummary) -> None:
-        self.progress, self.pool, self.summary, self.started = progress, pool, summary, time.monotonic()
-
-    def inside_window(self, tokens: int) -> Callable[[float], None]:
-        """What a scorer calls with the share it has done of a window of so many tokens."""
-        behind, ahead = self.progress.done, self.pool.bytes_read
-        return lambda share: self._show(behind + share * (ahead - behind), self.summary.input_tokens + share * tokens)
-
-    def after_window(self) -> None:
-        """Note the time and show where the run stands."""
-        self.summary.seconds = time.monotonic() - self.started
-        self._show(self.pool.bytes_read, self.summary.input_tokens)
-
-    def _show(self, done: float, tokens: float) -> None:
-        rejected = self.summary.rejected
-        rate = tokens / max(time.monotonic() - self.started, 1e-9)
-        self.progress.update(done, f"{rate:,.0f} tokens/s" + (f", {rejected:,} rejected" if rejected else ""))

@@ -1,0 +1,81 @@
+"""``lark-fast score --dry-run``: everything but the writing, and forward passes over a few records alone."""
+
+import math
+import time
+from array import array
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lark_fast.pool.keys import KeyTable
+from lark_fast.pool.reading import Pool
+from lark_fast.progress import track
+from lark_fast.scoring.feed import Trajectory
+from lark_fast.scoring.summary import ScoreSummary
+
+if TYPE_CHECKING:
+    from lark_fast.flop import ForwardCost
+    from lark_fast.scoring.run import ScoreConfig
+    from lark_fast.scoring.scorer import Scorer
+
+SAMPLE_SECONDS = 5  # of forward passes, were they at the speed of the matmul
+SAMPLE_TOKENS = 1 << 17
+
+
+def dry_run(config: "ScoreConfig", pool: Pool) -> ScoreSummary:
+    """Read, render and count the pool, measure the student's speed on its first records, say what a run will take."""
+    from lark_fast.flop import ForwardCost, matmul_ceiling
+    from lark_fast.scoring.estimate import Footprint, estimate
+    from lark_fast.scoring.run import Rejects, load_scorer, make_feed
+
+    scorer = load_scorer(config)
+    student = scorer.student
+    summary = ScoreSummary(out=config.out, dry_run=True)
+    summary.ceiling = matmul_ceiling(student.device, student.dtype)
+    rejects = Rejects(config, summary)
+    feed = make_feed(config, pool, scorer.renderer, student.device.type, KeyTable(), rejects)
+    lengths, sample, sample_tokens = array("i"), [], 0
+    account = summary.account
+    started = time.monotonic()
+    with track("rendering", pool.total_bytes) as progress:
+        for item in feed:
+            lengths.append(len(item.input_ids))
+            account.scored_tokens += int(np.count_nonzero(item.labels >= 0))
+            if sample_tokens < SAMPLE_TOKENS:
+                sample.append(item)
+                sample_tokens += len(item.input_ids)
+            progress.update(item.position, f"{len(lengths):,} records")
+    account.seconds = time.monotonic() - started
+    account.records, account.scored, account.input_tokens = feed.records, feed.yielded, feed.input_tokens
+    account.render_seconds, summary.truncated = feed.render_seconds, feed.truncated
+    cost = ForwardCost.of(student.model)
+    summary.estimate = estimate(
+        cost,
+        np.asarray(lengths),
+        account.scored_tokens,
+        _speed(scorer, cost, sample, summary.ceiling),
+        footprint=Footprint.of(student.model),
+        tokens_per_batch=scorer.tokens_per_batch,
+        per_token=config.per_token,
+    )
+    return summary
+
+
+def _speed(scorer: "Scorer", cost: "ForwardCost", sample: list[Trajectory], ceiling: float) -> float:
+    """FLOP/s of forward passes over the sample's first trajectories; NaN where there are none."""
+    flop, chosen = 0.0, []
+    for item in sample:
+        own = cost.flop([len(item.input_ids)], int(np.count_nonzero(item.labels >= 0)))
+        if chosen and flop + own > SAMPLE_SECONDS * ceiling:
+            break
+        chosen.append(item)
+        flop += own
+    if not chosen:
+        return math.nan
+    seconds = []
+    # The first time, libraries choose their kernels.
+    for part in (chosen[:1], chosen):
+        started = time.perf_counter()
+        scorer.score_rendered(part)
+        seconds.append(time.perf_counter() - started)
+    return flop / seconds[1]
