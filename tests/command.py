@@ -1,9 +1,12 @@
 """The real command line, in a process of its own."""
 
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from tests.templates import CHATML
@@ -45,3 +48,116 @@ def make_records(problems: int, candidates: int = 3, words: int = 4):
             answer = f"The answer is {p + k}. " + "Let me check that the sum is right. " * ((p + k * k) % words)
             turns = [{"role": "user", "content": f"What is {p} and {k}?"}, {"role": "assistant", "content": answer}]
             yield {"problem_id": p, "candidate_id": k, "teacher": f"teacher-{k}", "messages": turns}
+
+
+# It has no thread but its own when it forks, and a child ends as any Python program does.
+_FORKING = """
+import json, os, sys
+import pyarrow.parquet
+import lark_fast.rendering.inspection, lark_fast.scoring.dry_run, lark_fast.scoring.engine, lark_fast.scoring.scorer
+from lark_fast.__main__ import main
+from lark_fast.scoring import run
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.llama import modeling_llama
+
+print("ready", flush=True)
+while line := sys.stdin.readline():
+    asked = json.loads(line)
+    if "poll" in asked:
+        pid, status = os.waitpid(asked["poll"], os.WNOHANG)
+        print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+        continue
+    if pid := os.fork():
+        print(pid, flush=True)
+        continue
+    os.setsid()
+    for number, name in enumerate(("/dev/null", asked["stdout"], asked["stderr"])):
+        descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    sys.argv = ["lark-fast", *asked["words"]]
+    exec(asked["before"])
+    main()
+    sys.exit()
+"""
+
+
+class Forks:
+    """Starts lark-fast again and again without the seconds that its imports take, by forking a process that has them.
+
+    Args:
+        directory: for what the commands print.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory, self._numbers = directory, itertools.count()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _FORKING],
+            env={**ENVIRONMENT, "OMP_WAIT_POLICY": "passive"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self._process.stdout.readline() == "ready\n"
+
+    def close(self) -> None:
+        """No more commands."""
+        self._process.communicate()
+
+    def ask(self, **what):
+        """Send the process a line and read its answer."""
+        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def start(self, *words, before: str = "") -> "Fork":
+        """Start a command, in a process group of its own; ``before`` is a program that it runs first."""
+        prints = [self._directory / f"{next(self._numbers)}.{name}" for name in ("stdout", "stderr")]
+        pid = self.ask(words=list(map(str, words)), before=before, stdout=str(prints[0]), stderr=str(prints[1]))
+        return Fork(self, pid, *prints)
+
+    def run(self, *words, code: int = 0, before: str = "") -> "Fork":
+        """Run a command to its end, which is checked."""
+        return self.start(*words, before=before).ended(code)
+
+
+class Fork:
+    """A command that was started."""
+
+    def __init__(self, forks: Forks, pid: int, stdout: Path, stderr: Path) -> None:
+        self.pid, self._forks, self._stdout, self._stderr, self._code = pid, forks, stdout, stderr, None
+
+    def poll(self) -> int | None:
+        """The exit code, None as long as it runs."""
+        if self._code is None:
+            self._code = self._forks.ask(poll=self.pid)
+        return self._code
+
+    def wait(self, seconds: float = 100) -> int:
+        """The exit code, once there is one."""
+        until = time.monotonic() + seconds
+        while self.poll() is None:
+            if time.monotonic() > until:
+                self.kill(signal.SIGKILL)
+                raise TimeoutError(f"still running\n{self.stderr}")
+            time.sleep(0.003)
+        return self._code
+
+    def kill(self, number: int) -> None:
+        """Send it a signal, to itself alone."""
+        os.kill(self.pid, number)
+
+    def ended(self, code: int = 0) -> "Fork":
+        """Wait for its end: the exit code is checked, and that no traceback is shown."""
+        ended = self.wait()
+        assert ended == code, f"exit {ended}\n{self.stdout}\n{self.stderr}"
+        assert "Traceback" not in self.stderr, self.stderr
+        return self
+
+    @property
+    def stdout(self) -> str:
+        """What it has printed there so far."""
+        return self._stdout.read_text() if self._stdout.exists() else ""
+
+    @property
+    def stderr(self) -> str:
+        """What it has printed there so far."""
+        return self._stderr.read_text() if self._stderr.exists() else ""

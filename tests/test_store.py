@@ -2,10 +2,6 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import time
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +12,8 @@ from lark_fast import packing
 from lark_fast.errors import UserError
 from lark_fast.scoring import finishing
 from lark_fast.scoring.learnability import g_hat
-from lark_fast.scoring.run import ScoreConfig, score_pool
 from lark_fast.scoring.store import ScoreStore, part_files, read_manifest
-from tests.command import ENVIRONMENT, command, make_records, run, write_jsonl, write_student
+from tests.command import make_records, run, write_jsonl, write_student
 from tests.score_rows import IDENTITY, row, table, write_window
 
 
@@ -209,86 +204,6 @@ def test_not_a_store(tmp_path):
         read_manifest(tmp_path)
 
 
-def test_kill_9_and_again_is_bit_for_bit_an_uninterrupted_run(tmp_path, student):
-    # Windows of 16 records: many parts, and so many moments to be killed at.
-    pool = write_jsonl(tmp_path / "pool.jsonl", [*make_records(80), {"messages": "broken"}])
-    program = (
-        "import lark_fast.packing as p; p.windows.__defaults__ = (16, 1 << 20);"
-        "from lark_fast.__main__ import main; main()"
-    )
-    python, arguments = command()[0], ["score", "--pool", pool, "--student", student, "--out"]
-
-    def start(out):
-        return subprocess.Popen(
-            [python, "-c", program, *map(str, arguments), str(out)],
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-
-    whole = tmp_path / "whole"
-    process = start(whole)
-    assert process.wait() == 0, process.stderr.read()
-    assert len(part_files(whole)) == 15
-
-    cut, kills, kept = tmp_path / "cut", 0, []
-    for wanted in (1, 4, 11):
-        process = start(cut)
-        while process.poll() is None and len(part_files(cut)) < wanted:
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        kills += process.returncode == -signal.SIGKILL
-        assert [p.read_bytes() for p in part_files(cut)][: len(kept)] == kept, "a finished part was written again"
-        kept = [p.read_bytes() for p in part_files(cut)]
-    assert kills == 3
-    assert not read_manifest(cut)["complete"]
-    process = start(cut)
-    assert process.wait() == 0, process.stderr.read()
-    assert table(cut).equals(table(whole))
-    assert (cut / "rejected.jsonl").read_bytes() == (whole / "rejected.jsonl").read_bytes()
-    ours, theirs = read_manifest(cut), read_manifest(whole)
-    assert {k: v for k, v in ours.items() if k != "timing"} == {k: v for k, v in theirs.items() if k != "timing"}
-
-
-def test_a_grown_pool_scores_only_what_is_new(tmp_path, student):
-    records = list(make_records(10, 4))
-    old = [r for r in records if r["candidate_id"] < 3]
-    pool = write_jsonl(tmp_path / "a.jsonl", old)
-    config = ScoreConfig(pool=(str(tmp_path / "*.jsonl"),), student=str(student), out=str(tmp_path / "grown"))
-    assert score_pool(config).scored == 30
-    before = table(tmp_path / "grown")
-    write_jsonl(tmp_path / "b.jsonl", [r for r in records if r["candidate_id"] == 3])
-    summary = score_pool(config)
-    assert (summary.scored, summary.kept, summary.rows) == (10, 30, 40)
-    after = table(tmp_path / "grown")
-    assert after["nll"][:30] == before["nll"]
-    assert after["g_hat"][:30] != before["g_hat"]
-    pool.unlink()
-    (tmp_path / "b.jsonl").unlink()
-    write_jsonl(tmp_path / "a.jsonl", records)
-    score_pool(ScoreConfig(pool=config.pool, student=config.student, out=str(tmp_path / "once")))
-
-    def by_key(scores):
-        rows = scores.to_pydict()
-        keys = zip(rows["problem_id"], rows["candidate_id"], strict=True)
-        return dict(zip(keys, rows["g_hat"], strict=True))
-
-    once = by_key(table(tmp_path / "once"))
-    assert by_key(after) == pytest.approx(once, rel=1e-4, abs=1e-6)
-
-
-def test_a_changed_text_is_not_passed_over(tmp_path, student):
-    records = list(make_records(3))
-    pool = write_jsonl(tmp_path / "pool.jsonl", records)
-    config = ScoreConfig(pool=(str(pool),), student=str(student), out=str(tmp_path / "s"))
-    score_pool(config)
-    records[4]["messages"][1]["content"] = "Something else."
-    write_jsonl(pool, records)
-    with pytest.raises(UserError, match=r"pool\.jsonl:5: .*not the one that was scored"):
-        score_pool(config)
-
-
 def test_batches_never_depend_on_where_a_run_stopped():
     items = [(i, 1 + i * 7 % 13) for i in range(100)]
     whole = list(packing.windows(items, 8, 40))
@@ -304,25 +219,6 @@ def test_a_window_is_half_a_minute_of_work_on_any_student():
     assert packing.window_tokens(1_000_000, 2048, "cpu") == packing.WINDOW_TOKENS
     assert packing.window_tokens(500_000_000, 2048, "cpu") == 4 * 2048
     assert packing.window_tokens(7_000_000_000, 32768, "cuda") == int(4e15 / 14e9)
-
-
-def test_interrupt_keeps_what_is_finished(tmp_path, student):
-    pool = write_jsonl(tmp_path / "pool.jsonl", make_records(4000))
-    process = subprocess.Popen(
-        command("score", "--pool", pool, "--student", student, "--out", tmp_path / "s"),
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while process.poll() is None and not part_files(tmp_path / "s"):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 130
-    assert "goes on from there" in process.stderr.read()
-    rows = len(table(tmp_path / "s"))
-    assert rows >= 4096
-    again = run("score", "--pool", pool, "--student", student, "--out", tmp_path / "s")
-    assert f"{rows:,} trajectories had been scored before" in again.stdout
 
 
 def test_manifest_says_what_made_the_numbers(tmp_path, student):

@@ -1,5 +1,6 @@
 """``lark-fast score``: what was asked for is put together, run, and summed up."""
 
+import itertools
 import json
 import platform
 import sys
@@ -73,15 +74,15 @@ def score_pool(config: ScoreConfig) -> ScoreSummary:
 
         return dry_run(config, pool)
     refuse_overlap(config.out, {"--pool": pool.inputs})
-    scorer = load_scorer(config)
     summary = ScoreSummary(out=config.out)
-    with (
-        Interrupts() as interrupts,
-        ScoreStore(config.out, _identity(config, scorer), overwrite=config.overwrite) as store,
-        writing_to(config.out),
-    ):
-        _score(config, pool, scorer, store, summary, interrupts)
-        _finish(config, store, summary)
+    with Interrupts() as interrupts:
+        scorer = load_scorer(config)
+        with (
+            ScoreStore(config.out, _identity(config, scorer), overwrite=config.overwrite) as store,
+            writing_to(config.out),
+        ):
+            _score(config, pool, scorer, store, summary, interrupts)
+            _finish(config, store, summary)
     return summary
 
 
@@ -118,7 +119,9 @@ def make_feed(
     config: ScoreConfig, pool: Pool, renderer: Renderer, device: str, known: KeyTable, rejects: "Rejects"
 ) -> Feed:
     """The pool's trajectories that are not known yet."""
-    workers = default_workers(device) if config.workers is None else config.workers
+    workers = config.workers
+    if workers is None:  # a tokenizer that came with code of its own cannot be sent to other processes
+        workers = 0 if config.trust_remote_code else default_workers(device)
     return Feed(pool, renderer, known=known, on_reject=rejects, limit=config.limit, workers=workers)
 
 
@@ -181,10 +184,31 @@ def _score(
             reject=reject,
             progress=watch,
         )
+        stream = _say_what_rounding_costs(config, scorer, feed) if _chose_bfloat16(config, store, scorer) else feed
         try:
-            engine.run(cut_windows(feed, passes, store.unfinished, scorer.tokens_per_window), interrupts)
+            engine.run(cut_windows(stream, passes, store.unfinished, scorer.tokens_per_window), interrupts)
         finally:
             watch.close()
+
+
+def _chose_bfloat16(config: ScoreConfig, store: ScoreStore, scorer: "Scorer") -> bool:
+    """Whether this run has decided on bfloat16 by itself, for a student that may be of another precision."""
+    begun = bool(store.parts() or store.unfinished)
+    student = scorer.student
+    return config.dtype == "auto" and not begun and student.device.type == "cpu" and student.dtype.itemsize < 4
+
+
+def _say_what_rounding_costs(config: ScoreConfig, scorer: "Scorer", feed: Feed) -> Iterator[Trajectory]:
+    """The feed, once its first trajectories have been scored in both precisions."""
+    from lark_fast.scoring.precision import SAMPLE, rounding_cost
+
+    stream = iter(feed)
+    first = list(itertools.islice(stream, SAMPLE))
+    cost = rounding_cost(scorer, config.student, first)
+    measured = f": it moves {cost}" if cost else ""
+    _say(f"scoring in bfloat16, which this processor has{measured}; --dtype float32 does without")
+    yield from first
+    yield from stream
 
 
 class _Watch:
