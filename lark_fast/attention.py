@@ -118,14 +118,25 @@ def packed_attention(
         ``[1, T, H, e]`` and None.
 
     Raises:
-        UnknownAttentionError: an argument that is not known here.
+        UnknownAttentionError: an argument that is not known here, or a window that is not told.
     """
     unknown = [name for name in UNKNOWN if others.get(name) is not None]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if pack is None or attention_mask is not None or unknown or not causal or len(query) != 1:
         raise UnknownAttentionError(f"{type(module).__name__}: {', '.join(unknown) or 'no pack, or a mask of its own'}")
+    if sliding_window is None and _slides(module):
+        raise UnknownAttentionError(f"{type(module).__name__} does not tell its attention the sliding window")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _form(query, value, softcap)(query, key, value, pack, scaling, sliding_window, softcap), None
+
+
+def _slides(module: torch.nn.Module) -> bool:
+    """Whether this layer has a window by the config; Qwen2-MoE and PhiMoE leave it to the mask, and none is made."""
+    config = getattr(module, "config", None)
+    layers = getattr(config, "layer_types", None)
+    if layers and getattr(module, "layer_idx", None) is not None:
+        return layers[module.layer_idx] == "sliding_attention"
+    return getattr(config, "sliding_window", None) is not None
 
 
 def _form(query: Tensor, value: Tensor, softcap: float | None) -> Callable[..., Tensor]:

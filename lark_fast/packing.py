@@ -2,20 +2,12 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 WINDOW_RECORDS = 4096
 WINDOW_TOKENS = 1 << 20
-# A window is what a killed run does again, so it should be no more than about half a minute of forward passes.
+# A window is read, planned and written as a whole: what a run waits for at its start, so about half a minute of passes.
 CPU_WINDOW_FLOP, GPU_WINDOW_FLOP = 4e12, 4e15
-
-
-class Sized(Protocol):
-    """Anything that holds token ids."""
-
-    @property
-    def input_ids(self) -> Sequence[int]:
-        """The tokens."""
 
 
 T = TypeVar("T")
@@ -51,19 +43,21 @@ def window_tokens(n_parameters: int, tokens_per_batch: int, device: str) -> int:
     return max(4 * tokens_per_batch, min(WINDOW_TOKENS, int(flop / (2 * n_parameters))))
 
 
-def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
+def length_batches(lengths: Sequence[int], tokens_per_batch: int, border: int | None = None) -> Iterator[list[int]]:
     """Indices of sequences grouped so that rows x longest row stays within ``tokens_per_batch``, longest first.
 
-    A sequence longer than the budget is a batch of its own. Neighbours in length share a batch: little padding.
+    A sequence longer than the budget is a batch of its own. Neighbours in length share a batch: little padding. Those
+    longer than ``border`` share none with those that are not, see ``packs``.
     """
     batch: list[int] = []
     longest = 0
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batch and (len(batch) + 1) * longest > tokens_per_batch:
+        crossed = border is not None and lengths[index] <= border < longest
+        if batch and (crossed or (len(batch) + 1) * longest > tokens_per_batch):
             yield batch
             batch = []
         if not batch:
-            longest = lengths[index]
+            longest = max(1, lengths[index])  # a row of nothing is a column wide
         batch.append(index)
     if batch:
         yield batch
@@ -78,7 +72,8 @@ def packs(lengths: Sequence[int], tokens_per_pack: int, border: int | None = Non
     Args:
         lengths: tokens of each sequence.
         tokens_per_pack: the budget.
-        border: sequences longer than this never share a pack with others (LongRoPE scales a whole pack's positions).
+        border: sequences longer than this never share a pack with those that are not (LongRoPE scales a whole pack's
+            positions).
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     if border is not None:

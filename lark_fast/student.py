@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -100,15 +100,20 @@ class Student:
     @contextmanager
     def compiled(self) -> Iterator[None]:
         """Inside the block the model's layers run through ``torch.compile``; attention does not, and stays as it is."""
-        kinds = set(self.model._no_split_modules or ())
-        layers = [module for module in self.model.modules() if type(module).__name__ in kinds]
-        for layer in layers:
-            layer.compile()
+        before = {layer: layer._compiled_call_impl for layer in self._compiled_layers}
+        for layer, run in self._compiled_layers.items():
+            layer._compiled_call_impl = run  # what ``layer.compile()`` sets
         try:
             yield
         finally:
-            for layer in layers:
-                layer._compiled_call_impl = None
+            for layer, own in before.items():
+                layer._compiled_call_impl = own
+
+    @cached_property
+    def _compiled_layers(self) -> dict[nn.Module, Callable[..., Any]]:
+        kinds = set(self.model._no_split_modules or ())
+        layers = [module for module in self.model.modules() if type(module).__name__ in kinds]
+        return {layer: torch.compile(layer._call_impl) for layer in layers}
 
     @cached_property
     def unpackable(self) -> str | None:
@@ -144,14 +149,13 @@ class Student:
 
     @property
     def length_regime(self) -> int | None:
-        """The length beyond which the model's positions are scaled otherwise, for a whole batch (LongRoPE)."""
+        """The length beyond which a whole batch's positions are scaled otherwise (LongRoPE, dynamic RoPE)."""
         rope = getattr(self._config, "rope_parameters", None) or {}
-        borders = {
-            kind.get("original_max_position_embeddings")
-            for kind in (rope, *(value for value in rope.values() if isinstance(value, dict)))
-            if kind.get("rope_type") == "longrope"
-        }
-        return next(iter(borders), None)
+        parts = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+        kinds = {part.get("rope_type"): part for part in parts}
+        if "longrope" in kinds:
+            return kinds["longrope"].get("original_max_position_embeddings")
+        return self.max_positions if "dynamic" in kinds else None
 
     @torch.no_grad()
     def _check_head(self) -> None:

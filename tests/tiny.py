@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -215,8 +216,116 @@ TINY_MODELS = {
 }
 
 
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.2, 1.5, 2.0],
+    "long_factor": [2.0, 4.0, 8.0, 16.0],
+    "original_max_position_embeddings": 32,
+}
+MLA = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+GROUPED, WINDOW = {"num_key_value_heads": 2}, {"sliding_window": 5}
+# Decoders that leave all mixing of tokens to their attention function: configuration and settings. The windows are
+# shorter than most sequences, and the value width of DeepSeek-V3 is not its key width.
+PACKABLE = {
+    "qwen2": ("Qwen2Config", GROUPED),
+    "qwen2_sliding": ("Qwen2Config", GROUPED | WINDOW | {"use_sliding_window": True, "max_window_layers": 1}),
+    "qwen3": ("Qwen3Config", GROUPED | {"head_dim": 16}),
+    "llama": ("LlamaConfig", GROUPED),
+    "mistral": ("MistralConfig", GROUPED | WINDOW),
+    "gemma2": (
+        "Gemma2Config",
+        GROUPED
+        | WINDOW
+        | {
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 1.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": ("Gemma3TextConfig", GROUPED | WINDOW | {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    "phi": ("PhiConfig", {}),
+    "phi3": ("Phi3Config", GROUPED | WINDOW | {"pad_token_id": 0}),
+    "phi3_longrope": (
+        "Phi3Config",
+        GROUPED | {"pad_token_id": 0, "rope_parameters": LONGROPE, "original_max_position_embeddings": 32},
+    ),
+    "olmo2": ("Olmo2Config", GROUPED),
+    "mixtral": ("MixtralConfig", GROUPED | WINDOW | {"num_local_experts": 4}),
+    "qwen3_moe": ("Qwen3MoeConfig", GROUPED | MOE | {"head_dim": 8}),
+    "deepseek3": (
+        "DeepseekV3Config",
+        MLA
+        | {
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "num_key_value_heads": 4,
+        },
+    ),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
+}
+LINEAR_HEADS = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+}
+# Decoders that carry something from token to token in another way, or whose window only a mask knows.
+UNPACKABLE = {
+    "mamba": ("MambaConfig", {"state_size": 8}),
+    "falcon_h1": (
+        "FalconH1Config",
+        GROUPED
+        | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16},
+    ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        GROUPED
+        | MOE
+        | LINEAR_HEADS
+        | {
+            "head_dim": 8,
+            "shared_expert_intermediate_size": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    "lfm2": ("Lfm2Config", GROUPED | {"layer_types": ["conv", "full_attention"]}),
+    "gpt_oss": ("GptOssConfig", GROUPED | WINDOW | {"num_local_experts": 4, "head_dim": 8, "pad_token_id": 0}),
+    "llama4": (
+        "Llama4TextConfig",
+        GROUPED | {"num_local_experts": 2, "head_dim": 8, "intermediate_size_mlp": 48, "attention_chunk_size": 8},
+    ),
+    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
+    "qwen2_moe_sliding": (
+        "Qwen2MoeConfig",
+        GROUPED
+        | MOE
+        | {
+            "shared_expert_intermediate_size": 24,
+            "use_sliding_window": True,
+            "sliding_window": 25,
+            "max_window_layers": 1,
+        },
+    ),
+    "phimoe": ("PhimoeConfig", GROUPED | {"num_local_experts": 4, "sliding_window": 25}),
+}
+
+
+def tiny_decoder(name: str, vocab_size: int = 101, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """One of ``PACKABLE`` or ``UNPACKABLE``."""
+    kind, settings = (PACKABLE | UNPACKABLE)[name]
+    return _model(getattr(transformers, kind), vocab_size, seed, settings | changes)
+
+
 def _model(kind: type[PreTrainedConfig], vocab_size: int, seed: int, settings: dict[str, Any]) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_config(kind(**(SMALL | {"vocab_size": vocab_size} | settings)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # Mamba's biases come at random
+        model = AutoModelForCausalLM.from_config(kind(**(SMALL | {"vocab_size": vocab_size} | settings)))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

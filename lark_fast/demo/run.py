@@ -119,7 +119,8 @@ def run_demo(out: Path, *, seed: int = 0, scale: float = 1.0) -> Result:
 def _score(pool: Path, student: Path, out: Path) -> Any:
     from lark_fast.scoring.run import ScoreConfig, score_pool
 
-    return score_pool(ScoreConfig(pool=(str(pool),), student=str(student), out=str(out), overwrite=True))
+    config = ScoreConfig(pool=(str(pool),), student=str(student), out=str(out), dtype="float32", overwrite=True)
+    return score_pool(config)
 
 
 def _select(pool: Path, scores: Path, out: Path, *, policy: str, seed: int) -> "SelectionSummary":

@@ -1,6 +1,1 @@
-"""Trajectories in, statistics out.
-
-``scorer`` runs the student; ``learnability`` makes rho and g_hat; ``store`` keeps them on disk, in ``parts`` and a
-``journal``, under a ``lock``; ``finishing`` is its last step; ``run`` is ``lark-fast score``; ``export`` writes other
-programs' formats.
-"""
+"""Trajectories in, statistics out: CONTRIBUTING.md has the files in the order of the data."""

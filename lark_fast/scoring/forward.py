@@ -63,11 +63,16 @@ class Batch:
     @property
     def n_padded(self) -> int:
         """Tokens that pass through the student for nothing."""
-        return self.shape[0] * self.shape[1] - self.n_tokens
+        return self.size - self.n_tokens
+
+    @property
+    def size(self) -> int:
+        """Tokens that pass through the student."""
+        return self.shape[0] * self.shape[1]
 
     def on(self, device: torch.device) -> "_Inputs":
         """The numbers on their device, by name; without a wait where they are pinned."""
-        n_inputs, n_bounds = self.shape[0] * self.shape[1], len(self.bounds or ())
+        n_inputs, n_bounds = self.size, len(self.bounds or ())
         sizes = [
             n_inputs,
             n_inputs if self.bounds else 0,
@@ -110,20 +115,22 @@ def make_batch(members: Sequence[int], sequences: Sequences, *, packed: bool, pi
     ids = np.concatenate([np.asarray(row, dtype=np.int64) for row, _ in sequences] or [starts[:0]])
     labels = np.full(starts[-1], IGNORE_INDEX, dtype=np.int64)
     for start, end, (_, marks) in zip(starts, starts[1:], sequences, strict=False):
-        labels[start : end - 1] = marks[1:]  # position t predicts token t + 1
+        labels[start : max(start, end - 1)] = marks[1:]  # position t predicts token t + 1
     rows = np.flatnonzero(labels != IGNORE_INDEX)
     targets, ends = labels[rows], np.searchsorted(rows, starts)
     bounds: list[int] | None = None
     if packed:
-        shape = (1, max(int(starts[-1]), fill_to))
+        shape = (1, max(1, int(starts[-1]), fill_to))
         bounds = starts.tolist()
         if fill_to:
             bounds += [shape[1]] * (SEQUENCES_STEP - len(bounds) % SEQUENCES_STEP)
-        square = np.pad(ids, (0, shape[1] - len(ids)))
-        begins = np.repeat(bounds[:-1], np.diff(bounds))
-        parts = [square, np.arange(shape[1]) - begins, np.asarray(bounds)]
+        elif shape[1] > bounds[-1]:
+            bounds.append(shape[1])
+        places = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+        # What fills the row up is at place 0: its own places could lie beyond those that the model has.
+        parts = [*(np.pad(part, (0, shape[1] - len(ids))) for part in (ids, places)), np.asarray(bounds)]
     else:
-        shape = (len(sequences), max(1, *lengths))
+        shape = (len(sequences), max([1, *lengths]))
         moved = np.arange(len(sequences)) * shape[1] - starts[:-1]  # from its place among the tokens to its row
         square = np.zeros(shape[0] * shape[1], dtype=np.int64)
         square[np.arange(starts[-1]) + np.repeat(moved, lengths)] = ids
@@ -167,7 +174,7 @@ class Passes:
         border = self.student.length_regime
         if self.packed:
             return list(packs(lengths, self.tokens_per_batch, border))
-        return list(length_batches(lengths, self.tokens_per_batch))
+        return list(length_batches(lengths, self.tokens_per_batch, border))
 
     def prepare(self, members: Sequence[int], sequences: Sequences) -> Batch:
         """Lay out a batch where the device can fetch it."""
@@ -192,18 +199,19 @@ class Passes:
             pieces = deque([batch])
             while pieces:
                 piece = pieces.popleft()
-                if piece.n_tokens > self.tokens_per_batch and len(piece.members) > 1:
+                divisible = piece.size > max([1, *piece.lengths])
+                if piece.size > self.tokens_per_batch and divisible:
                     pieces.extendleft(reversed(self._split(piece)))
                     continue
                 pending = self._start(piece)
                 if pending is not None:
                     under_way.append(pending)
-                elif len(piece.members) > 1:
-                    self.tokens_per_batch = max(1, piece.n_tokens // 2)
+                elif divisible:
+                    self.tokens_per_batch = max(1, piece.size // 2)
                     self.work.halvings += 1
                     pieces.appendleft(piece)
                 yield from self._finished(under_way, 0 if pending is None else ahead)
-                if pending is None and len(piece.members) == 1:
+                if pending is None and not divisible:
                     yield piece, None
         yield from self._finished(under_way, 0)
 
@@ -261,13 +269,13 @@ class _Clock:
         self.device = device
         if device.type == "cuda":
             self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            self._events[0].record()
+            self._events[0].record(torch.cuda.current_stream(device))
         self._times = [time.perf_counter()] * 2
 
     def stop(self) -> None:
         """No more work follows."""
         if self.device.type == "cuda":
-            self._events[1].record()
+            self._events[1].record(torch.cuda.current_stream(self.device))
         self._times[1] = time.perf_counter()
 
     def wait(self) -> None:
