@@ -30,7 +30,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # poisoned outputs 
 
 import torch
 
-from benchmarks import baselines, correctness, head, timing, trajectories
+from benchmarks import baselines, correctness, head, passes, timing, trajectories
 from benchmarks.comparison import DEVICE, Workload, missing_peers, note_missing
 from benchmarks.fingerprint import fingerprints
 
@@ -157,6 +157,8 @@ def _steps(tiny: bool) -> Iterator[Step]:
     for shape in logits_shapes:
         yield head.FROM_LOGITS, partial(head.from_logits, *shape)
     yield trajectories.NAME, partial(trajectories.reduction, n)
+    for case in [passes.TINY] if tiny else passes.PASSES:
+        yield passes.NAME, case.build
 
 
 @torch.no_grad()

@@ -1,7 +1,4 @@
-"""A whole scoring pass beside the machine's ceiling, and beside the two usual ways of taking it.
-
-The limit is the pass's own FLOP (``forward_flop``) at the speed of a large square matrix product.
-"""
+"""A whole scoring pass beside the machine's ceiling and its peers, and the memory of a long record."""
 
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -10,101 +7,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.comparison import DEVICE, ceiling, compare
-from benchmarks.eager import eager_topk
-from benchmarks.workload import QWEN_HALF_B, QWEN_VOCABULARY, SMALL, forward_flop, short_answers, student
+from benchmarks.comparison import DEVICE, compare_workload
+from benchmarks.passes import PASSES, TOP_K, one_at_a_time, record, records
+from benchmarks.workload import QWEN_HALF_B, QWEN_VOCABULARY, SMALL, student
 from lark_fast import Scorer
-from lark_fast.pool.records import NOT_SCORED
-from lark_fast.rendering.renderer import Rendered
 
-TOP_K = 50
 LONG_RECORD = 4000
-PADDED_BATCH = 8
 if DEVICE.type == "cuda":
-    STUDENTS = [(QWEN_HALF_B, QWEN_VOCABULARY, 256, torch.bfloat16)]
     LONG_STUDENT, LONG_DTYPE = QWEN_HALF_B, torch.bfloat16
 else:
-    STUDENTS = [
-        (SMALL, 8192, 24, torch.float32),
-        (SMALL, 8192, 24, torch.bfloat16),
-        (SMALL, QWEN_VOCABULARY, 6, torch.float32),
-    ]
     # Its logits are as large as any student's with this vocabulary; the rest only takes time.
     LONG_STUDENT, LONG_DTYPE = SMALL | {"hidden_size": 64, "num_hidden_layers": 2}, torch.float32
 
 
-def records(n, vocabulary):
-    rng = np.random.default_rng(0)
-    return [record(rng.integers(0, vocabulary, p + a).tolist(), p) for p, a in zip(*short_answers(n), strict=True)]
-
-
-def record(ids, n_prompt):
-    return Rendered(input_ids=ids, labels=[NOT_SCORED] * n_prompt + ids[n_prompt:], truncated=False)
-
-
-def eager_score(logits, item):
-    """(mean nll, mean top-k Brier) of a record from its logits [T, V]."""
-    end = len(item.input_ids)
-    start = end - item.n_scored
-    labels = torch.tensor(item.input_ids[start:], device=DEVICE)
-    return [mean.mean().item() for mean in eager_topk(logits[start - 1 : end - 1], labels, TOP_K)]
-
-
-@torch.no_grad()
-def one_at_a_time(model, rendered):
-    """A forward pass a record, with all its logits, as the released code takes it."""
-    scores = []
-    for item in rendered:
-        logits = model(input_ids=torch.tensor([item.input_ids], device=DEVICE), use_cache=False).logits
-        scores.append(eager_score(logits[0], item))
-    return scores
-
-
-@torch.no_grad()
-def padded_batches(model, rendered):
-    """Batches in the order of the records, padded under an attention mask."""
-    scores = []
-    for first in range(0, len(rendered), PADDED_BATCH):
-        batch = rendered[first : first + PADDED_BATCH]
-        sequences = [torch.tensor(item.input_ids) for item in batch]
-        ids = pad_sequence(sequences, batch_first=True).to(DEVICE)
-        mask = pad_sequence([torch.ones_like(row) for row in sequences], batch_first=True).to(DEVICE)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        scores += [eager_score(row, item) for row, item in zip(logits, batch, strict=True)]
-    return scores
-
-
-@pytest.mark.parametrize(("sizes", "vocabulary", "n", "dtype"), STUDENTS)
-def test_scoring_pass(benchmark, sizes, vocabulary, n, dtype):
-    model, rendered = student(sizes, vocabulary, dtype), records(n, vocabulary)
-    scorer = Scorer(model, top_k=TOP_K)
-
-    def check(results):
-        # Eager logits of a bfloat16 model are rounded to it, ours are not.
-        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-        ours = [(score.nll, score.brier_topk) for score in results.pop("ours")]
-        for scores in results.values():
-            np.testing.assert_allclose(ours, scores, rtol=tolerance)
-
-    product, product_flop = ceiling(dtype)
-    lengths = [len(item.input_ids) for item in rendered]
-    n_scored = sum(item.n_scored for item in rendered)
-    compare(
-        benchmark,
-        f"scoring pass, top-k {TOP_K}",
-        lambda: scorer.score_rendered(rendered),
-        limit=product,
-        limit_scale=forward_flop(model, lengths, n_scored) / product_flop,
-        peers={
-            "one record at a time": lambda: one_at_a_time(model, rendered),
-            "padded batches": lambda: padded_batches(model, rendered),
-        },
-        check=check,
-        shape=f"{n} records, {sum(lengths)} tokens, D={model.config.hidden_size} V={vocabulary}",
-        dtype=str(dtype).removeprefix("torch."),
-    )
+@pytest.mark.parametrize("case", PASSES, ids=str)
+def test_scoring_pass(benchmark, case):
+    compare_workload(benchmark, case.build())
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process's peak memory")

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.comparison import DEVICE, ceiling, compare
-from benchmarks.workload import QWEN_VOCABULARY, SMALL, forward_flop, short_answers, student
+from benchmarks.workload import QWEN_VOCABULARY, SMALL, short_answers, student
+from lark_fast.flop import forward_flop
 from lark_fast.pool.records import NOT_SCORED
 from lark_fast.student import Student
 from lark_fast.training.batches import micro_batches
