@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/lark-fast demo --out demo-run
 
+# A process a core, so a thread a process.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadscope
 
 benchmarks: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks $(ARGS)
