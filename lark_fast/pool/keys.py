@@ -41,9 +41,6 @@ class KeyTable:
     def __len__(self) -> int:
         return self._count
 
-    def __contains__(self, key: tuple[str, str]) -> bool:
-        return self._words[self._slot(*_hash_key(key))] != 0
-
     @staticmethod
     def short_content(content: bytes) -> int:
         """Return the 39 bits of a content hash (at least 5 bytes) that the table keeps."""
@@ -75,6 +72,10 @@ class KeyTable:
             return None
         low = self._words[slot + 1]
         return Entry(content=low >> 1 & _CONTENT_MASK, met=bool(low & _MET))
+
+    def holds(self, key: tuple[str, str], content: bytes) -> bool:
+        """Return whether ``key`` is there, with that content hash."""
+        return _holds(self._words, self._mask, key, content)
 
     def mark(self, key: tuple[str, str]) -> None:
         """Note that this pass has met ``key``; KeyError when it is unknown."""
@@ -117,8 +118,9 @@ class KeySnapshot:
             file.flush()
             self._attach(os.dup(file.fileno()))
 
-    def __contains__(self, key: tuple[str, str]) -> bool:
-        return self._words[_find_slot(self._words, self._mask, *_hash_key(key))] != 0
+    def holds(self, key: tuple[str, str], content: bytes) -> bool:
+        """Return whether ``key`` is there, with that content hash."""
+        return _holds(self._words, self._mask, key, content)
 
     def __getstate__(self) -> int:
         return self.descriptor
@@ -137,6 +139,11 @@ class KeySnapshot:
         self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
         self._words = memoryview(self._map).cast("Q")
         self._mask = len(self._words) // 2 - 1
+
+
+def _holds(words: memoryview, mask: int, key: tuple[str, str], content: bytes) -> bool:
+    slot = _find_slot(words, mask, *_hash_key(key))
+    return words[slot] != 0 and words[slot + 1] >> 1 & _CONTENT_MASK == KeyTable.short_content(content)
 
 
 def _find_slot(words: memoryview, mask: int, high: int, low_key: int) -> int:

@@ -10,7 +10,7 @@ import os
 import pickle
 import tempfile
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -47,7 +47,7 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _NotRendered:
-    """A record that was read but has no tokens: because it is known, or because it cannot be rendered."""
+    """A record that was read but has no tokens: because it is known as it is, or because it cannot be rendered."""
 
     key: tuple[str, str]
     source: str
@@ -169,7 +169,7 @@ class Feed:
 
     def _in_workers(self) -> Iterator[_Chunk]:
         keys = self._snapshot()
-        prepare = _Preparer(self._renderer, keys or ())
+        prepare = _Preparer(self._renderer, keys)
         descriptors = [keys.descriptor] if keys else []
         try:
             with closing(self._chunks()) as chunks:
@@ -216,10 +216,11 @@ class Feed:
             self._on_reject(item.source, item.line, item.reason)
             return False
         entry = self._known.find(item.key)
+        # A reject may have the key of a record that was scored: it was none then, and is none now.
+        if isinstance(item, _NotRendered) and item.fault is not None and (entry is None or not entry.met):
+            self._reject_fault(item)
+            return False
         if entry is None:
-            if isinstance(item, _NotRendered):
-                self._reject_fault(item)
-                return False
             self._known.add(item.key, item.content_hash, met=True)
             self.yielded += 1
             self.truncated += item.truncated
@@ -253,7 +254,7 @@ class Feed:
 class _Preparer:
     """What happens to raw records in a worker, or without one."""
 
-    def __init__(self, renderer: Renderer, known: Container[tuple[str, str]]) -> None:
+    def __init__(self, renderer: Renderer, known: KeyTable | KeySnapshot | None) -> None:
         self._renderer, self._known = renderer, known
 
     def __call__(self, raws: Iterable[RawRecord]) -> _Chunk:
@@ -273,7 +274,7 @@ class _Preparer:
         if isinstance(record, Rejected):
             return record
         key, content_hash = record.key, record.content_hash()
-        known, fault, is_template = key in self._known, None, False
+        known, fault, is_template = self._known is not None and self._known.holds(key, content_hash), None, False
         if not known:
             try:
                 rendered = self._renderer(record)

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -82,7 +82,7 @@ def score_pool(config: ScoreConfig) -> ScoreSummary:
             writing_to(config.out),
         ):
             _score(config, pool, scorer, store, summary, interrupts)
-            _finish(config, store, summary)
+            _finish(config, scorer, store, summary)
     return summary
 
 
@@ -187,8 +187,11 @@ def _score(
         stream = _say_what_rounding_costs(config, scorer, feed) if _chose_bfloat16(config, store, scorer) else feed
         try:
             engine.run(cut_windows(stream, passes, store.unfinished, scorer.tokens_per_window), interrupts)
-        finally:
-            watch.close()
+        except BaseException:
+            with suppress(OSError):  # what ended the run is what is to be told
+                watch.close()
+            raise
+        watch.close()
 
 
 def _chose_bfloat16(config: ScoreConfig, store: ScoreStore, scorer: "Scorer") -> bool:
@@ -298,7 +301,7 @@ def _row(item: Trajectory, scored: "Scored", per_token: bool) -> dict[str, Any]:
     return row
 
 
-def _finish(config: ScoreConfig, store: ScoreStore, summary: ScoreSummary) -> None:
+def _finish(config: ScoreConfig, scorer: "Scorer", store: ScoreStore, summary: ScoreSummary) -> None:
     import torch
     import transformers
 
@@ -314,7 +317,8 @@ def _finish(config: ScoreConfig, store: ScoreStore, summary: ScoreSummary) -> No
             "limit": config.limit,
             "max_length": config.options.max_length,
             "device": config.device,
-            "tokens_per_batch": config.tokens_per_batch,
+            "tokens_per_batch": scorer.tokens_per_batch,
+            "compile": config.compile,
         },
         counts={"records": summary.records, "rejected": summary.rejected},
         timing=timing if summary.scored else store.manifest.get("timing", timing),
