@@ -1,6 +1,8 @@
 """What a scoring run computes, says and writes, whatever its workers, batches and students: the command line."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -8,7 +10,9 @@ import pytest
 import torch
 from transformers import GptOssConfig, MambaConfig
 
+from lark_fast.scoring.engine import _Writer
 from lark_fast.scoring.learnability import g_hat
+from lark_fast.scoring.metrics import Account
 from lark_fast.scoring.parts import part_files, schema
 from lark_fast.scoring.store import read_manifest
 from tests.command import Forks, make_records, run, write_jsonl, write_student
@@ -385,3 +389,24 @@ def test_memory_does_not_grow_with_the_pool(tmp_path, forks):
     # The first windows leave some 3 MB with the allocator, once: from 20,000 records to 60,000 it is 41 bytes a record.
     # Rows or trajectories that were kept would be 10 MB and more.
     assert peaks[1] - peaks[0] < 64 * (many - few) + (4 << 20), peaks
+
+
+def test_nothing_is_written_behind_a_write_that_failed():
+    # The disk may have room again for what is smaller, and then rows of the next window would be in this one.
+    written = []
+
+    def write(name):
+        if name == "fails":
+            raise OSError(28, "No space left on device")
+        written.append(name)
+
+    with ThreadPoolExecutor(1) as thread:
+        started = threading.Event()
+        thread.submit(started.wait)  # so that all calls are queued before the first is made
+        writer = _Writer(thread, Account())
+        for name in ("first", "fails", "behind"):
+            writer.submit(write, name)
+        started.set()
+        with pytest.raises(OSError, match="No space"):
+            writer.wait()
+    assert written == ["first"]

@@ -92,7 +92,7 @@ class Engine:
         store: open.
         account: kept up to date after every pass.
         row: the row of a trajectory, from its statistics.
-        reject: what to do with a trajectory that the device's memory cannot hold: told its tokens.
+        reject: what to do with a trajectory that the device's memory cannot hold.
         progress: called with how much of the pool is done, before a window and after every pass.
     """
 
@@ -170,10 +170,13 @@ class Engine:
 
 
 class _Writer:
-    """Calls of the store, one after the other in a thread; what one of them raises comes out at a later call."""
+    """Calls of the store, one after the other in a thread; what one of them raises comes out at a later call.
+
+    Calls behind one that failed are left out: rows of the next window have no place in a window that is still open.
+    """
 
     def __init__(self, thread: ThreadPoolExecutor, account: Account) -> None:
-        self._thread, self._account = thread, account
+        self._thread, self._account, self._failed = thread, account, False
         self._under_way: deque[Future[None]] = deque()
 
     def submit(self, call: Callable[..., None], *arguments: Any) -> None:
@@ -187,6 +190,12 @@ class _Writer:
             self._under_way.popleft().result()
 
     def _timed(self, call: Callable[..., None], *arguments: Any) -> None:
+        if self._failed:
+            return
         started = time.perf_counter()
-        call(*arguments)
+        try:
+            call(*arguments)
+        except BaseException:
+            self._failed = True
+            raise
         self._account.write_seconds += time.perf_counter() - started
