@@ -34,8 +34,8 @@ def writing_to(out: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        raise UserError(f"--out {out}: cannot be written to: {where}{error.strerror or error}") from error
+        file = f" ({error.filename})" if error.filename else ""
+        raise UserError(f"--out {out}: cannot be written to: {error.strerror or error}{file}") from error
 
 
 @contextmanager

@@ -379,7 +379,7 @@ def test_a_disk_that_has_become_read_only(small_disk):
         store.append([row(1, 0)])
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     for how in ({}, {"overwrite": True}):
-        assert refusal(out, **how) == f"--out {out}: cannot be written to: Read-only file system"
+        assert refusal(out, **how) == f"--out {out}: cannot be written to: Read-only file system ({out / '.lock'})"
     subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     assert held(out) == {("1", "0")}
 
