@@ -75,7 +75,8 @@ def _ours(options: argparse.Namespace, pool: Path, folder: Path, *more: str) -> 
     arguments = ["--student", options.student, "--dtype", options.dtype, "--top-k", str(TOP_K)]
     with tempfile.TemporaryDirectory(dir=folder) as out:
         command = ["lark_fast", "score", "--pool", str(pool), "--out", out, "--json", *arguments, *more]
-        return json.loads(_python(*command))
+        summary = json.loads(_python(*command))
+    return summary | {"seconds": summary["seconds"] + summary["finish_seconds"]}
 
 
 def _peer(options: argparse.Namespace, pool: Path) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Attention that stays inside each sequence of a pack, registered with Transformers as an attention function.
 
-A pack is one row of tokens in which sequences lie one behind another. No mask is ever made for it: the function is told
-where the sequences begin and hands each to the fastest form at hand.
+A pack is one row of tokens in which sequences lie one behind another. No mask of T x T is ever made: the function knows
+where the sequences begin, and picks the fastest form at hand.
 
-    varlen   torch's own variable-length flash attention: a GPU, half precision
-    flex     FlexAttention: a GPU, whatever the first cannot do (float32, a soft cap, wide heads)
+    flash    flash-attn 3 on Hopper, or 2, where installed: half precision
+    varlen   torch's own variable-length flash attention: half precision
+    flex     FlexAttention: a GPU, whatever these cannot do (float32, wide heads, old GPUs)
     blocks   scaled_dot_product_attention, a sequence at a time: everywhere else
 """
 
@@ -13,9 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib import import_module
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -31,6 +34,7 @@ KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 UNKNOWN = ("s_aux", "position_bias")
 BLOCK = 512  # queries whose scores are made at a time where torch has no fused form
 WIDEST_FLASH_HEAD = 256
+FLEX_BLOCK = 128
 
 
 class UnknownAttentionError(Exception):
@@ -58,29 +62,10 @@ class Pack:
         bounds = (0, *accumulate(lengths))
         return cls(bounds, torch.tensor(bounds, dtype=torch.int32, device=device), max(lengths, default=0))
 
-    def arguments(self) -> dict[str, Any]:
-        """What a model's forward hands on to its attention: to ours, and under the names that flash-attn's has."""
-        return {
-            "pack": self,
-            "cu_seq_lens_q": self.cu_seqlens,
-            "cu_seq_lens_k": self.cu_seqlens,
-            "max_length_q": self.longest,
-            "max_length_k": self.longest,
-        }
-
     def block_mask(self, window: int | None) -> "BlockMask":
         """FlexAttention's mask: the same sequence, not later, and inside the window; made once for all layers."""
         if window not in self._masks:
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            n_tokens, device = self.bounds[-1], self.cu_seqlens.device
-            of_sequence = torch.searchsorted(self.cu_seqlens, torch.arange(n_tokens, device=device), right=True)
-
-            def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-                seen = (of_sequence[query] == of_sequence[key]) & (query >= key)
-                return seen if window is None else seen & (query - key < window)
-
-            self._masks[window] = create_block_mask(sees, None, None, n_tokens, n_tokens, device=device)
+            self._masks[window] = _block_mask(self.bounds, window, self.cu_seqlens.device)
         return self._masks[window]
 
 
@@ -142,10 +127,34 @@ def _slides(module: torch.nn.Module) -> bool:
 def _form(query: Tensor, value: Tensor, softcap: float | None) -> Callable[..., Tensor]:
     if not query.is_cuda:
         return blocks
+    width, capability = query.shape[-1], _capability(query.device)
     half = query.dtype in (torch.bfloat16, torch.float16)
-    if half and softcap is None and query.shape[-1] == value.shape[-1] <= WIDEST_FLASH_HEAD and _varlen_attn():
-        return varlen
+    if half and capability >= (8, 0) and width == value.shape[-1] <= WIDEST_FLASH_HEAD and width % 8 == 0:
+        if _flash_attn_3(capability):
+            return flash
+        if softcap is None and _varlen_attn():
+            return varlen
+        if _flash_attn_2():
+            return flash
     return flex
+
+
+def flash(
+    query: Tensor, key: Tensor, value: Tensor, pack: Pack, scaling: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """By the flash-attn package; shapes as in ``packed_attention``."""
+    attend = _flash_attn_3(_capability(query.device)) or _flash_attn_2()
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
+    more = {} if softcap is None else {"softcap": softcap}
+    bounds, longest = pack.cu_seqlens, pack.longest
+    out = attend(
+        *(q, k, v, bounds, bounds, longest, longest),
+        softmax_scale=scaling,
+        causal=True,
+        window_size=_reach(window),
+        **more,
+    )
+    return (out[0] if isinstance(out, tuple) else out).unsqueeze(0)
 
 
 def varlen(
@@ -161,10 +170,14 @@ def varlen(
         more["enable_gqa"] = True
     elif groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    # Flash attention counts the tokens left of the query, Transformers the query too.
-    reach = (-1 if window is None else window - 1, 0)
     bounds, longest = pack.cu_seqlens, pack.longest
-    return attend(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=reach, **more).unsqueeze(0)
+    out = attend(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=_reach(window), **more)
+    return out.unsqueeze(0)
+
+
+def _reach(window: int | None) -> tuple[int, int]:
+    """Flash attention counts the tokens left and right of the query, Transformers the query too."""
+    return (-1 if window is None else window - 1, 0)
 
 
 def flex(
@@ -225,6 +238,66 @@ def _block(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None, 
     return scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
 
+def _block_mask(bounds: Sequence[int], window: int | None, device: torch.device) -> "BlockMask":
+    """From the bounds alone: which blocks of keys a block of queries sees in part, and which as a whole.
+
+    create_block_mask would make all T x T pairs first.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    n_tokens = bounds[-1]
+    window = n_tokens if window is None else window
+    starts = np.repeat(np.asarray(bounds[:-1]), np.diff(bounds))  # [T] where each token's sequence begins
+    first = np.arange(0, n_tokens, FLEX_BLOCK)[:, None]  # [n, 1] of each block of queries
+    last = np.minimum(first + FLEX_BLOCK, n_tokens) - 1
+    keys = np.arange(len(first)) * FLEX_BLOCK  # [n] where each block of keys begins
+    reached = (keys <= first) & (keys + FLEX_BLOCK > np.maximum(starts[first], first - window + 1))
+    whole = (keys < first) & (keys >= starts[last]) & (last - keys < window)
+    begins = _send(starts, device)
+
+    def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (key >= begins[query]) & (query - key < window)
+
+    parts = []
+    for blocks in (reached & ~whole, whole):
+        parts += [blocks.sum(1)[None, None], np.argsort(~blocks, axis=1, kind="stable")[None, None]]
+    return BlockMask.from_kv_blocks(
+        *(_send(part.astype(np.int32), device) for part in parts),
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=sees,
+        seq_lengths=(n_tokens, n_tokens),
+    )
+
+
+def _send(array: np.ndarray, device: torch.device) -> Tensor:
+    """To the device, without a wait."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@lru_cache
+def _flash_attn_3(capability: tuple[int, int]) -> Callable[..., Tensor] | None:
+    """Its kernels are Hopper's."""
+    return _imported("flash_attn_interface") if capability[0] == 9 else None
+
+
+@lru_cache(1)
+def _flash_attn_2() -> Callable[..., Tensor] | None:
+    return _imported("flash_attn")
+
+
+def _imported(module: str) -> Callable[..., Tensor] | None:
+    try:
+        return import_module(module).flash_attn_varlen_func
+    except (ImportError, OSError, AttributeError, RuntimeError):  # missing, or built for another torch
+        return None
+
+
 @lru_cache(1)
 def _varlen_attn() -> tuple[Callable[..., Tensor], bool] | None:
     """torch's varlen_attn and whether it takes grouped heads; None where this torch has none."""
@@ -250,28 +323,15 @@ def can_be_packed(model: "PreTrainedModel") -> bool:
     return bool(model._supports_attention_backend) and layers <= KNOWN_LAYERS
 
 
-def fastest_attention(model: "PreTrainedModel") -> str:
-    """Transformers' name of the attention to use for packs: flash-attn 3 or 2 where installed and of use, else ours."""
-    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
-
-    weight = next(model.parameters())
-    if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
-        capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
-        if model._supports_flash_attn and is_flash_attn_3_available() and not capped:
-            return "flash_attention_3"
-        if model._supports_flash_attn and is_flash_attn_2_available() and (capped or not _varlen_attn()):
-            return "flash_attention_2"
-    return NAME
-
-
 @contextmanager
-def attention_of(model: "PreTrainedModel", name: str) -> Iterator[None]:
-    """Let the model use that attention function inside the block."""
+def attention_in_packs(model: "PreTrainedModel") -> Iterator[None]:
+    """Let the model use ``packed_attention`` inside the block."""
     from transformers import AttentionInterface
 
+    # No mask function goes with the name, so Transformers makes no mask, and looks for none on the device.
     AttentionInterface.register(NAME, packed_attention)
     before = model.config._attn_implementation
-    model.set_attn_implementation(name)
+    model.set_attn_implementation(NAME)
     try:
         yield
     finally:

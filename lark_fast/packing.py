@@ -36,8 +36,8 @@ def windows(
 def window_tokens(n_parameters: int, tokens_per_batch: int, device: str) -> int:
     """How many tokens a window should hold, by the 2 FLOP a parameter that a token's forward pass takes.
 
-    Never more than WINDOW_TOKENS and never fewer than four batches, or there would be nothing to sort. It depends on
-    nothing that changes from run to run, so a resumed run cuts the same windows.
+    Never more than WINDOW_TOKENS and never fewer than four batches, or there would be nothing to sort. So a resumed run
+    with the same batching cuts the same windows.
     """
     flop = CPU_WINDOW_FLOP if device == "cpu" else GPU_WINDOW_FLOP
     return max(4 * tokens_per_batch, min(WINDOW_TOKENS, int(flop / (2 * n_parameters))))

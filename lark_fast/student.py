@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lark_fast.attention import Pack, UnknownAttentionError, attention_of, can_be_packed, fastest_attention
+from lark_fast.attention import Pack, UnknownAttentionError, attention_in_packs, can_be_packed
 from lark_fast.errors import UserError
 from lark_fast.kernels.head import Head
 
@@ -88,14 +88,14 @@ class Student:
         Returns:
             ``[B, T, D]`` in the model's dtype. Autograd works through it.
         """
-        arguments = {} if pack is None else {"position_ids": position_ids, **pack.arguments()}
+        arguments = {} if pack is None else {"position_ids": position_ids, "pack": pack}
         with _stop_before_head(self._output) as captured:
             self.model(input_ids=input_ids, use_cache=False, **arguments)
         return captured[0]
 
     def packing(self) -> AbstractContextManager[None]:
         """Inside the block the model attends within the sequences of a pack, and ``hidden`` takes packs alone."""
-        return attention_of(self.model, fastest_attention(self.model))
+        return attention_in_packs(self.model)
 
     @contextmanager
     def compiled(self) -> Iterator[None]:
@@ -138,6 +138,8 @@ class Student:
         ids = ids.remainder(self.vocab_size)
         places = torch.cat([torch.arange(length, device=self.device) for length in PROBE_LENGTHS]).unsqueeze(0)
         alone = torch.cat([self.hidden(row)[0] for row in ids.split(PROBE_LENGTHS, dim=1)])
+        if not alone.isfinite().all():
+            return "its hidden states are not finite"
         try:
             with self.packing():
                 together = self.hidden(ids, pack, places)[0]

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import random
+import tracemalloc
 from functools import cache
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
@@ -308,23 +309,94 @@ def test_varlen_attn_of_this_torch(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "softcap", "has_varlen", "form"),
+    ("changes", "softcap", "has", "form"),
     [
-        ({}, None, True, "varlen"),
-        ({"dtype": torch.float16}, None, True, "varlen"),
-        ({}, None, False, "flex"),
-        ({}, 2.0, True, "flex"),
-        ({"dtype": torch.float32}, None, True, "flex"),
-        ({"widths": (512, 512)}, None, True, "flex"),
-        ({"widths": (192, 128)}, None, True, "flex"),
-        ({"is_cuda": False}, None, True, "blocks"),
+        ({}, None, "varlen", "varlen"),
+        ({}, None, "varlen flash2", "varlen"),
+        ({}, None, "varlen flash2 flash3", "flash"),
+        ({}, 2.0, "varlen flash3", "flash"),
+        ({}, 2.0, "varlen flash2", "flash"),
+        ({}, None, "flash2", "flash"),
+        ({"dtype": torch.float16}, None, "varlen", "varlen"),
+        ({}, None, "", "flex"),
+        ({}, 2.0, "varlen", "flex"),
+        ({"dtype": torch.float32}, None, "varlen flash2 flash3", "flex"),
+        ({"widths": (512, 512)}, None, "varlen flash2 flash3", "flex"),
+        ({"widths": (192, 128)}, None, "varlen flash2 flash3", "flex"),
+        ({"widths": (60, 60)}, None, "varlen flash2 flash3", "flex"),
+        ({"capability": (7, 5)}, None, "varlen flash2 flash3", "flex"),
+        ({"is_cuda": False}, None, "varlen flash2 flash3", "blocks"),
     ],
 )
-def test_which_form_where(changes, softcap, has_varlen, form, monkeypatch):
-    monkeypatch.setattr(attention, "_varlen_attn", lambda: (None, True) if has_varlen else None)
-    made = {"is_cuda": True, "dtype": torch.bfloat16, "widths": (64, 64)} | changes
-    query, value = (SimpleNamespace(**made, shape=(1, 4, 9, width)) for width in made["widths"])
+def test_which_form_where(changes, softcap, has, form, monkeypatch):
+    made = {"is_cuda": True, "dtype": torch.bfloat16, "widths": (64, 64), "capability": (9, 0)} | changes
+    monkeypatch.setattr(attention, "_varlen_attn", lambda: (None, True) if "varlen" in has else None)
+    monkeypatch.setattr(attention, "_flash_attn_2", lambda: print if "flash2" in has else None)
+    monkeypatch.setattr(attention, "_flash_attn_3", lambda capability: print if "flash3" in has else None)
+    monkeypatch.setattr(attention, "_capability", lambda device: made["capability"])
+    query, value = (SimpleNamespace(**made, device=None, shape=(1, 4, 9, width)) for width in made["widths"])
     assert attention._form(query, value, softcap) is getattr(attention, form)
+
+
+def test_flash_attn_3_is_for_hopper(monkeypatch):
+    module = SimpleNamespace(flash_attn_varlen_func=print)
+    monkeypatch.setattr(attention, "import_module", lambda name: module)
+    attention._flash_attn_3.cache_clear()
+    assert [attention._flash_attn_3((major, 0)) for major in (8, 9, 10)] == [None, print, None]
+    attention._flash_attn_3.cache_clear()
+
+
+@pytest.mark.parametrize("in_a_tuple", [True, False])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, None), (None, 2.0), (3, 2.0)])
+def test_what_the_flash_attn_package_is_told(window, softcap, in_a_tuple, monkeypatch):
+    def attend(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, window_size, softcap=0.0):
+        assert causal
+        assert q.shape[0] == k.shape[0] == int(cu_q[-1])
+        if softcap:
+            assert (softmax_scale, window_size) == (0.3, (-1 if window is None else window - 1, 0))
+            out = q
+        else:
+            out = flash(True)(
+                q, k, v, cu_q, cu_k, max_q, max_k, scale=softmax_scale, window_size=window_size, enable_gqa=True
+            )
+        return (out, None) if in_a_tuple else out
+
+    monkeypatch.setattr(attention, "_capability", lambda device: (8, 0))
+    monkeypatch.setattr(attention, "_flash_attn_2", lambda: attend)
+    query, key, value, pack = operands(SHORT, (4, 2), (8, 8))
+    out = attention.flash(query, key, value, pack, 0.3, window, softcap)
+    truth = query.transpose(1, 2) if softcap else dense(query, key, value, pack.bounds, 0.3, window, None)
+    assert apart(out, truth) < 1e-6
+
+
+@pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 300])
+def test_a_block_mask_is_the_mask(window):
+    lengths = [1, 127, 130, 0, 400, 3, 256, 90]
+    pack = Pack.of(lengths)
+    n_tokens = sum(lengths)
+    where = np.repeat(np.arange(len(lengths)), lengths)
+    at = np.arange(n_tokens)
+    seen = (where[:, None] == where) & (at[:, None] >= at) & (at[:, None] - at < (window or n_tokens))
+    mask = pack.block_mask(window)
+    kinds = (mask.kv_num_blocks, mask.kv_indices, True), (mask.full_kv_num_blocks, mask.full_kv_indices, False)
+    found = np.zeros_like(seen)
+    for counts, indices, in_part in kinds:
+        for row, (count, columns) in enumerate(zip(counts[0, 0].tolist(), indices[0, 0].tolist(), strict=True)):
+            for column in columns[:count]:
+                block = np.ix_(at[row * 128 :][:128], at[column * 128 :][:128])
+                assert not found[block].any(), "a block counts twice"
+                queries, keys = (torch.from_numpy(index) for index in block)
+                found[block] = mask.mask_mod(None, None, queries, keys) if in_part else True
+    assert (found == seen).all()
+
+
+def test_a_block_mask_of_a_long_pack_is_small():
+    tracemalloc.start()
+    Pack.of([131_072]).block_mask(4096)
+    Pack.of([200] * 160).block_mask(None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 << 20  # of numpy's arrays: all pairs would be 16 GiB
 
 
 MODULE = SimpleNamespace(is_causal=True)
@@ -382,13 +454,12 @@ def test_two_rows_are_refused():
         packed_attention(MODULE, *(x.expand(2, -1, -1, -1) for x in (query, key, value)), None, pack=pack)
 
 
-def test_a_pack_and_the_names_that_flash_attn_has_for_it():
+def test_where_the_sequences_of_a_pack_lie():
     pack = Pack.of([3, 0, 5])
     assert tuple(pack.bounds) == (0, *accumulate([3, 0, 5]))
-    told = pack.arguments()
-    assert told["cu_seq_lens_q"].tolist() == told["cu_seq_lens_k"].tolist() == [0, 3, 3, 8]
-    assert told["max_length_q"] == told["max_length_k"] == 5
-    assert told["pack"] is pack
+    assert pack.cu_seqlens.tolist() == [0, 3, 3, 8]
+    assert pack.cu_seqlens.dtype == torch.int32
+    assert pack.longest == 5
     assert Pack.of([]).longest == 0
 
 
@@ -410,29 +481,3 @@ def test_the_attention_in_use_comes_back():
     with packing:
         assert model.config._attn_implementation == NAME
     assert model.config._attn_implementation == "eager"
-
-
-@pytest.mark.parametrize(
-    ("cuda", "dtype", "softcap", "flash3", "flash2", "has_varlen", "expected"),
-    [
-        (False, torch.bfloat16, None, True, True, True, NAME),
-        (True, torch.float32, None, True, True, True, NAME),
-        (True, torch.bfloat16, None, True, True, True, "flash_attention_3"),
-        (True, torch.bfloat16, 30.0, True, True, True, "flash_attention_2"),
-        (True, torch.bfloat16, 30.0, True, False, True, NAME),
-        (True, torch.bfloat16, None, False, True, True, NAME),
-        (True, torch.bfloat16, None, False, True, False, "flash_attention_2"),
-        (True, torch.bfloat16, None, False, False, False, NAME),
-    ],
-)
-def test_the_fastest_attention(cuda, dtype, softcap, flash3, flash2, has_varlen, expected, monkeypatch):
-    monkeypatch.setattr("transformers.utils.is_flash_attn_3_available", lambda: flash3)
-    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: flash2)
-    monkeypatch.setattr(attention, "_varlen_attn", lambda: (None, True) if has_varlen else None)
-    text = SimpleNamespace(attn_logit_softcapping=softcap)
-    model = SimpleNamespace(
-        parameters=lambda: iter([SimpleNamespace(is_cuda=cuda, dtype=dtype)]),
-        config=SimpleNamespace(get_text_config=lambda: text),
-        _supports_flash_attn=True,
-    )
-    assert attention.fastest_attention(model) == expected

@@ -220,7 +220,8 @@ COUNTS = {"records": 98, "scored": 96, "kept": 0, "rejected": 2, "truncated": 0}
 # As README and ``ScoreSummary.as_json`` have them.
 RUN = {"out", "complete", "dry_run", "first_rejects", "rows", "problems", "not_finite", *COUNTS}
 ACCOUNT = {
-    *("seconds", "device_seconds", "waiting_seconds", "render_seconds", "write_seconds"),
+    *("seconds", "device_seconds", "waiting_seconds", "render_seconds", "write_seconds", "finish_seconds"),
+    "rendered_tokens",
     *("input_tokens", "scored_tokens", "padded_tokens", "packs", "out_of_memory", "forward_flop"),
     *("tokens_per_second", "matmul_flop_per_second", "ceiling_share", "device_busy_share"),
     *("rendered_tokens_per_second", "writing_share", "padding_share"),
@@ -263,16 +264,19 @@ def test_json_is_all_there_is_on_stdout(tmp_path, forks, pool_with_rejects, stud
         (2, True, 0, 96),
     ]
     assert all(line.keys() > ACCOUNT for line in metrics)
-    # What a dry run says beside them, and that it leaves no trace.
-    for where in (tmp_path / "none", out):
+    # What a dry run says beside them, and that it leaves no trace: of a new directory, and of one that has everything.
+    for where, left in ((tmp_path / "none", 96), (out, 0)):
         before = sorted((p, p.stat().st_mtime_ns, p.read_bytes()) for p in where.glob("*"))
         done = forks.run(*words(pool_with_rejects, student, where, "--json", "--dry-run"))
         dry = json.loads(done.stdout)
         assert dry.keys() == first.keys()
-        assert (dry["dry_run"], dry["complete"], dry["scored"], dry["rejected"], dry["rows"]) == (True, False, 96, 2, 0)
-        assert dry["input_tokens"] == first["input_tokens"]
-        assert dry["scored_tokens"] == first["scored_tokens"]
-        assert all(dry[name] is not None for name in estimated), dry
+        assert (dry["dry_run"], dry["complete"], dry["rejected"], dry["rows"]) == (True, False, 2, 0)
+        assert (dry["scored"], dry["kept"]) == (left, 96 - left)
+        assert dry["tokens_per_second"] is None  # nothing has been scored
+        if left:
+            assert dry["input_tokens"] == first["input_tokens"]
+            assert dry["scored_tokens"] == first["scored_tokens"]
+            assert all(dry[name] is not None for name in estimated), dry
         assert sorted((p, p.stat().st_mtime_ns, p.read_bytes()) for p in where.glob("*")) == before
     assert not (tmp_path / "none").exists()
     told = forks.run(*words(pool_with_rejects, student, tmp_path / "none", "--dry-run")).stdout

@@ -26,8 +26,10 @@ ACCOUNT = {
     "seconds": 10.0,
     "device_seconds": 9.0,
     "waiting_seconds": 0.5,
+    "rendered_tokens": 9000,
     "render_seconds": 3.0,
     "write_seconds": 0.2,
+    "finish_seconds": 1.0,
 }
 
 

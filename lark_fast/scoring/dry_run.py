@@ -11,6 +11,7 @@ from lark_fast.pool.keys import KeyTable
 from lark_fast.pool.reading import Pool
 from lark_fast.progress import track
 from lark_fast.scoring.feed import Trajectory
+from lark_fast.scoring.parts import scored_keys
 from lark_fast.scoring.summary import ScoreSummary
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def dry_run(config: "ScoreConfig", pool: Pool) -> ScoreSummary:
     summary = ScoreSummary(out=config.out, dry_run=True)
     summary.ceiling = matmul_ceiling(student.device, student.dtype)
     rejects = Rejects(config, summary)
-    feed = make_feed(config, pool, scorer.renderer, student.device.type, KeyTable(), rejects)
+    feed = make_feed(config, pool, scorer.renderer, student.device.type, _known(config), rejects)
     lengths, sample, sample_tokens = array("i"), [], 0
     account = summary.account
     started = time.monotonic()
@@ -46,7 +47,8 @@ def dry_run(config: "ScoreConfig", pool: Pool) -> ScoreSummary:
                 sample_tokens += len(item.input_ids)
             progress.update(item.position, f"{len(lengths):,} records")
     account.seconds = time.monotonic() - started
-    account.records, account.scored, account.input_tokens = feed.records, feed.yielded, feed.input_tokens
+    account.records, account.kept, account.scored = feed.records, feed.kept, feed.yielded
+    account.input_tokens = account.rendered_tokens = feed.input_tokens
     account.render_seconds, summary.truncated = feed.render_seconds, feed.truncated
     cost = ForwardCost.of(student.model)
     summary.estimate = estimate(
@@ -59,6 +61,15 @@ def dry_run(config: "ScoreConfig", pool: Pool) -> ScoreSummary:
         per_token=config.per_token,
     )
     return summary
+
+
+def _known(config: "ScoreConfig") -> KeyTable:
+    """What a run would find in its directory, as far as whole windows go."""
+    known = KeyTable()
+    if not config.overwrite:
+        for key, content in scored_keys(config.out):
+            known.add(key, content, met=False)
+    return known
 
 
 def _speed(scorer: "Scorer", cost: "ForwardCost", sample: list[Trajectory], ceiling: float) -> float:

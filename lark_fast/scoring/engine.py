@@ -124,8 +124,12 @@ class Engine:
             for window in ahead:
                 self.account.waiting_seconds = ahead.waited_seconds
                 self.progress(window.start)
-                with interrupts.held():
-                    lost = self._score(window, interrupts, writer)
+                try:
+                    with interrupts.held():
+                        lost = self._score(window, interrupts, writer)
+                except KeyboardInterrupt:
+                    writer.wait()  # a write that failed is to be told
+                    raise
                 for index in sorted(lost):
                     self.reject(window.trajectories[index])
                 keys = [item.key for index, item in enumerate(window.trajectories) if index not in lost]

@@ -103,7 +103,7 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Of the forward passes, beside which everything else runs; NaN where the speed is not known."""
+        """Of the forward passes; NaN where the speed is not known. Without workers, rendering comes on top."""
         return self.flop / self.flop_per_second if self.flop_per_second else math.nan
 
     @property

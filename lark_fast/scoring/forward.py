@@ -20,6 +20,8 @@ from lark_fast.student import Student
 
 SEQUENCES_STEP = 64  # packs of one shape have a multiple of it as their number of bounds
 
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
+
 Sequences = Sequence[tuple[ArrayLike, ArrayLike]]  # input_ids and labels of each, as long as one another
 
 
@@ -137,7 +139,15 @@ def make_batch(members: Sequence[int], sequences: Sequences, *, packed: bool, pi
         rows = rows + np.repeat(moved, np.diff(ends))
         parts = [square]
     numbers = torch.from_numpy(np.concatenate([*parts, rows, targets, ends]))
-    return Batch(members, sequences, lengths, shape, bounds, numbers.pin_memory() if pinned else numbers, len(rows))
+    return Batch(members, sequences, lengths, shape, bounds, _pinned(numbers) if pinned else numbers, len(rows))
+
+
+def _pinned(numbers: Tensor) -> Tensor:
+    """In memory that a GPU can read by itself; as it is where there is none left, which is slower and no more."""
+    try:
+        return numbers.pin_memory()
+    except RuntimeError:
+        return numbers
 
 
 @dataclass(slots=True)
@@ -333,5 +343,6 @@ def _to_host(values: Tensor | None) -> Tensor | None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # A CPU's allocator has no exception of its own.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    # The allocators of a CPU, of pinned memory, of cuBLAS and of Triton have no exception of their own.
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(words in str(error) for words in OUT_OF_MEMORY)

@@ -55,3 +55,16 @@ class DirectoryLock:
         if not isinstance(self._lock, SoftFileLock):
             with suppress(OSError):
                 self.path.write_text(text, encoding="utf-8")
+
+
+def refuse_taken(directory: str | Path) -> None:
+    """Before a student is loaded onto a device that the other run may need.
+
+    Raises:
+        UserError: another run is writing to the directory.
+    """
+    lock = DirectoryLock(Path(directory))
+    if lock.path.is_file():
+        with suppress(OSError):  # the store will say it
+            lock.acquire()
+            lock.release()

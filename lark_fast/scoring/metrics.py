@@ -28,10 +28,12 @@ class Account:
     packs: int = 0  # forward passes
     out_of_memory: int = 0  # times that memory ran out, and a pack was made smaller
     seconds: float = 0.0  # from the first record to the last row
-    device_seconds: float = 0.0  # of these, the device was at work
+    device_seconds: float = 0.0  # of these, a forward pass was under way on the device, its own gaps included
     waiting_seconds: float = 0.0  # and waited for input
-    render_seconds: float = 0.0  # sum over workers
+    rendered_tokens: int = 0  # of the trajectories rendered in this run
+    render_seconds: float = 0.0  # of reading and rendering, sum over workers
     write_seconds: float = 0.0
+    finish_seconds: float = 0.0  # after ``seconds``: rho and g_hat of the whole store
 
     @property
     def tokens_per_second(self) -> float:
@@ -44,13 +46,13 @@ class Account:
 
     @property
     def device_busy_share(self) -> float:
-        """Of the run's time, the share in which the device was at work."""
+        """Of the run's time, the share in which a forward pass was under way."""
         return _over(self.device_seconds, self.seconds)
 
     @property
     def rendered_tokens_per_second(self) -> float:
         """Input tokens that one worker renders a second."""
-        return _over(self.input_tokens, self.render_seconds)
+        return _over(self.rendered_tokens, self.render_seconds)
 
     @property
     def writing_share(self) -> float:

@@ -75,3 +75,17 @@ def reading(part: Path) -> Iterator[None]:
     except (OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())  # some of Arrow's end in a line break
         raise UserError(f"{part}: cannot be read ({reason}); remove it, and it is scored again") from error
+
+
+def scored_keys(directory: str | Path) -> Iterator[tuple[tuple[str, str], bytes]]:
+    """((problem_id, candidate_id), content_hash) of every row of a directory's parts, in their order.
+
+    Raises:
+        UserError: a part cannot be read.
+    """
+    for part in part_files(directory):
+        with reading(part):
+            names = ["problem_id", "candidate_id", "content_hash"]
+            for batch in pq.ParquetFile(part).iter_batches(columns=names):
+                problem, candidate, content = (column.to_pylist() for column in batch.columns)
+                yield from zip(zip(problem, candidate, strict=True), content, strict=True)

@@ -1,8 +1,8 @@
 """What bfloat16 costs in accuracy, measured on the first trajectories of a run."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,30 +30,45 @@ class RoundingCost:
         return f"{' and '.join(parts)} on the first {self.trajectories} trajectories"
 
 
-def rounding_cost(scorer: "Scorer", student: str, items: Sequence[Trajectory]) -> RoundingCost | None:
+def rounding_cost(
+    scorer: "Scorer", student: str, items: Sequence[Trajectory], trust_remote_code: bool = False
+) -> RoundingCost | None:
     """Score a sample in the scorer's own precision and, by the same student loaded anew, in float32.
 
     Args:
         scorer: of the student in lower precision.
         student: directory or hub id to load it from.
         items: trajectories; as many of the first as make a sample.
+        trust_remote_code: as the scorer's student was loaded.
 
     Returns:
-        None where there is nothing to score or no memory for the student in float32.
+        None where there is nothing to score, or where the student cannot be had in float32: a gauge stops no run.
     """
+    from lark_fast.errors import UserError
     from lark_fast.scoring.scorer import Scorer
     from lark_fast.student import load_student
 
     n_parameters = sum(parameter.numel() for parameter in scorer.student.model.parameters())
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     sizes = np.cumsum([len(item.input_ids) for item in items[:SAMPLE]])
     sample = items[: max(1, int(np.searchsorted(sizes, SAMPLE_TOKENS, side="right")))]
-    if not sample or 4 * n_parameters > available / 2:
+    if not sample or 4 * n_parameters > _available_memory() / 2:
         return None
-    exact = Scorer(load_student(student, device="cpu", dtype="float32", tokenizer=False))
+    try:
+        loaded = load_student(
+            student, device="cpu", dtype="float32", trust_remote_code=trust_remote_code, tokenizer=False
+        )
+    except (UserError, MemoryError):
+        return None
+    exact = Scorer(loaded)
     rows = np.array(
         [[(one.nll, one.brier) for one in each.score_rendered(sample)] for each in (scorer, exact)]
     )  # [2, N, 2]
     apart = np.abs(rows[0] - rows[1]) / np.maximum(np.abs(rows[1]), 1e-30)
     (nll, brier) = ((float(np.sqrt((column**2).mean())), float(column.max())) for column in apart.T)
     return RoundingCost(trajectories=len(sample), nll=nll, brier=brier)
+
+
+def _available_memory() -> int:
+    """Bytes that can be had without swapping: caches of files too."""
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)

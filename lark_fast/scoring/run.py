@@ -25,6 +25,7 @@ from lark_fast.progress import Progress, Throughput, track
 from lark_fast.rendering.renderer import Renderer, RenderOptions
 from lark_fast.scoring.export import export_lark_json
 from lark_fast.scoring.feed import Feed, Trajectory, default_workers
+from lark_fast.scoring.lock import refuse_taken
 from lark_fast.scoring.metrics import MetricsLog
 from lark_fast.scoring.store import ScoreStore, read_manifest
 from lark_fast.scoring.summary import ScoreSummary
@@ -75,6 +76,7 @@ def score_pool(config: ScoreConfig) -> ScoreSummary:
         return dry_run(config, pool)
     refuse_overlap(config.out, {"--pool": pool.inputs})
     summary = ScoreSummary(out=config.out)
+    refuse_taken(config.out)
     with Interrupts() as interrupts:
         scorer = load_scorer(config)
         with (
@@ -82,7 +84,9 @@ def score_pool(config: ScoreConfig) -> ScoreSummary:
             writing_to(config.out),
         ):
             _score(config, pool, scorer, store, summary, interrupts)
+            started = time.monotonic()
             _finish(config, scorer, store, summary)
+            summary.account.finish_seconds = time.monotonic() - started
     return summary
 
 
@@ -116,13 +120,19 @@ def _stored_dtype(out: str) -> str:
 
 
 def make_feed(
-    config: ScoreConfig, pool: Pool, renderer: Renderer, device: str, known: KeyTable, rejects: "Rejects"
+    config: ScoreConfig,
+    pool: Pool,
+    renderer: Renderer,
+    device: str,
+    known: KeyTable,
+    rejects: "Rejects",
+    resumed: bool | None = None,
 ) -> Feed:
     """The pool's trajectories that are not known yet."""
     workers = config.workers
     if workers is None:  # a tokenizer that came with code of its own cannot be sent to other processes
         workers = 0 if config.trust_remote_code else default_workers(device)
-    return Feed(pool, renderer, known=known, on_reject=rejects, limit=config.limit, workers=workers)
+    return Feed(pool, renderer, known=known, on_reject=rejects, limit=config.limit, workers=workers, resumed=resumed)
 
 
 class Rejects:
@@ -169,7 +179,9 @@ def _score(
         if not passes.packed:
             _say(f"{student.unpackable}: trajectories are scored in padded batches")
         rejects = Rejects(config, summary, log)
-        feed = make_feed(config, pool, scorer.renderer, student.device.type, known, rejects)
+        feed = make_feed(
+            config, pool, scorer.renderer, student.device.type, known, rejects, bool(known or store.unfinished)
+        )
         watch = _Watch(config, scorer.options, summary, feed, progress, MetricsLog(store.directory / "metrics.jsonl"))
 
         def reject(item: Trajectory) -> None:
@@ -207,8 +219,8 @@ def _say_what_rounding_costs(config: ScoreConfig, scorer: "Scorer", feed: Feed) 
 
     stream = iter(feed)
     first = list(itertools.islice(stream, SAMPLE))
-    cost = rounding_cost(scorer, config.student, first)
-    measured = f": it moves {cost}" if cost else ""
+    cost = rounding_cost(scorer, config.student, first, config.trust_remote_code)
+    measured = f": it moves {cost}" if cost else " (what it costs was not measured: no room for the student in float32)"
     _say(f"scoring in bfloat16, which this processor has{measured}; --dtype float32 does without")
     yield from first
     yield from stream
@@ -250,7 +262,8 @@ class _Watch:
     def _take_over(self) -> None:
         account, feed = self.summary.account, self.feed
         account.seconds = time.monotonic() - self.started
-        account.records, account.kept, account.render_seconds = feed.records, feed.kept, feed.render_seconds
+        account.records, account.kept = feed.records, feed.kept
+        account.rendered_tokens, account.render_seconds = feed.input_tokens, feed.render_seconds
         if feed.truncated and not self.summary.truncated and self.limit < self.asked:
             _say(
                 f"trajectories are cut at the student's {self.limit} positions (--max-length is {self.asked}); "

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lark_fast.errors import UserError
 from lark_fast.files import TEMPORARY_SUFFIX, write_json, writing_to
 from lark_fast.scoring.finishing import add_learnability
 from lark_fast.scoring.journal import Journal
 from lark_fast.scoring.lock import DirectoryLock
-from lark_fast.scoring.parts import part_files, part_number, part_path, reading, schema, write_part
+from lark_fast.scoring.parts import part_files, part_number, part_path, schema, scored_keys, write_part
 
 FORMAT = 1
 LARK_JSON = "lark_ghat.json"  # of ``export``; stale once the store changes
@@ -95,12 +94,7 @@ class ScoreStore:
 
     def scored_keys(self) -> Iterator[tuple[Key, bytes]]:
         """((problem_id, candidate_id), content_hash) of every row of the finished parts."""
-        for part in self.parts():
-            with reading(part):
-                names = ["problem_id", "candidate_id", "content_hash"]
-                for batch in pq.ParquetFile(part).iter_batches(columns=names):
-                    problem, candidate, content = (column.to_pylist() for column in batch.columns)
-                    yield from zip(zip(problem, candidate, strict=True), content, strict=True)
+        return scored_keys(self.directory)
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Add rows, in any order, to the window in hand; after this returns they survive anything.

@@ -11,6 +11,7 @@ from lark_fast.scoring.estimate import ESTIMATED, Estimate
 from lark_fast.scoring.metrics import Account
 
 SHOWN_REJECTS = 3
+OF_PASSES = ("tokens_per_second", "ceiling_share", "device_busy_share", "writing_share", "padding_share")
 
 
 def _of_account(name: str) -> property:
@@ -73,7 +74,10 @@ class ScoreSummary:
             f"{self.scored:,} of {self.records:,} records can be scored: {self.input_tokens:,} tokens, "
             f"{self.scored_tokens:,} of them scored; nothing was written"
         )
-        return [counted, *(self.estimate.lines() if self.estimate else [])]
+        lines = [counted, *(self.estimate.lines() if self.estimate else [])]
+        if self.kept:
+            lines.insert(1, f"{self.kept:,} trajectories have been scored before and would be kept")
+        return lines
 
     def _run_lines(self) -> list[str]:
         elapsed = f"{self.seconds:.1f} s" if self.seconds < 120 else duration(self.seconds)
@@ -131,4 +135,7 @@ class ScoreSummary:
         estimated = self.estimate.as_json() if self.estimate else unknown
         own = ("truncated", "first_rejects", "rows", "problems", "not_finite")
         run = {"out": self.out, "complete": self.complete, "dry_run": self.dry_run}
-        return run | self.account.as_json(self.ceiling) | {name: getattr(self, name) for name in own} | estimated
+        account = self.account.as_json(self.ceiling)
+        if self.dry_run:  # its seconds are those of rendering
+            account |= dict.fromkeys(OF_PASSES)
+        return run | account | {name: getattr(self, name) for name in own} | estimated
