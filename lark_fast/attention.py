@@ -185,8 +185,11 @@ def flex(
 ) -> Tensor:
     """By FlexAttention; shapes as in ``packed_attention``."""
 
+    # A tensor, since a number is compiled as one that may change, and that fails inside of score_mod.
+    cap = None if softcap is None else torch.full((), softcap, device=query.device)
+
     def capped(score: Tensor, *_: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return cap * torch.tanh(score / cap)
 
     window = None if window is None or window >= pack.longest else window
     out = _flex_attention(query.is_cuda)(
