@@ -276,14 +276,14 @@ def test_the_model_is_as_it_was_even_after_an_exception(name, training):
 class TooMuch:
     """A device that holds so many tokens."""
 
-    def __init__(self, model, most, error=torch.OutOfMemoryError):
-        self.most, self.error, self.tried = most, error, []
+    def __init__(self, model, most, error=torch.OutOfMemoryError, says="out of memory"):
+        self.most, self.error, self.says, self.tried = most, error, says, []
         self.handle = model.get_input_embeddings().register_forward_pre_hook(self)
 
     def __call__(self, _, args):
         self.tried.append(args[0].numel())
         if args[0].numel() > self.most:
-            raise self.error("out of memory")
+            raise self.error(self.says)
 
 
 @pytest.mark.parametrize("ready", [True, False])
@@ -330,10 +330,20 @@ def test_an_error_that_is_not_memory_goes_through(error):
     model = tiny_llama(VOCABULARY)
     scorer = Scorer(model, tokens_per_batch=100)
     assert scorer.student.unpackable is None
-    device = TooMuch(model, 0, error)
-    with pytest.raises(error, match="out of memory"):
+    device = TooMuch(model, 0, error, "an illegal memory access")
+    with pytest.raises(error, match="illegal"):
         scorer.score_rendered(trajectories())
     assert len(device.tried) == 1
+
+
+# As cuBLAS, CUDA's runtime and Triton say it, in exceptions of their own.
+@pytest.mark.parametrize("says", ["CUBLAS_STATUS_ALLOC_FAILED when calling", "CUDA error: out of memory"])
+def test_memory_may_run_out_under_other_names(says):
+    model = tiny_llama(VOCABULARY)
+    scorer = Scorer(model, tokens_per_batch=100)
+    assert scorer.student.unpackable is None
+    TooMuch(model, 60, RuntimeError, says)
+    assert len(scorer.score_rendered(trajectories())) == len(trajectories())
 
 
 def test_the_scorer_says_which_sequence_is_too_large():
