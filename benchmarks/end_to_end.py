@@ -133,7 +133,8 @@ def _report(options: argparse.Namespace, rounds: dict[str, list[dict[str, Any]]]
     print(f"tokenising {ours['rendered_tokens_per_second']:,.0f} tokens/s a process")
     if options.out:
         about = {"device": baselines.device_name(), "versions": baselines.versions()}
-        about |= {name: str(value) for name, value in vars(options).items() if value and name not in ("out", "peer")}
+        names = ("student", "pool", "limit", "dtype", "compile", "reference")
+        about |= {name: Path(str(getattr(options, name))).name for name in names}
         options.out.write_text(json.dumps(about | {"rounds": rounds}, indent=1) + "\n")
 
 
