@@ -3,11 +3,15 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from tests.templates import CHATML
 from tests.tiny import byte_level_tokenizer, tiny_llama
@@ -161,3 +165,14 @@ class Fork:
     def stderr(self) -> str:
         """What it has printed there so far."""
         return self._stderr.read_text() if self._stderr.exists() else ""
+
+
+@contextmanager
+def disk_of(size: str, mounted: Path):
+    """A file system of that size at a new directory; skips the test where none can be had."""
+    mounted.mkdir()
+    how = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mounted)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(how, capture_output=True).returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield mounted
+    subprocess.run(["umount", "-l", str(mounted)], check=True)

@@ -2,7 +2,18 @@
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before any is imported
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    """Commands in processes that need not import everything anew."""
+    from tests.command import Forks
+
+    started = Forks(tmp_path_factory.mktemp("prints"))
+    yield started
+    started.close()

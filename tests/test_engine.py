@@ -15,7 +15,7 @@ from lark_fast.scoring.learnability import g_hat
 from lark_fast.scoring.metrics import Account
 from lark_fast.scoring.parts import part_files, schema
 from lark_fast.scoring.store import read_manifest
-from tests.command import Forks, make_records, run, write_jsonl, write_student
+from tests.command import make_records, run, write_jsonl, write_student
 from tests.score_rows import table
 from tests.templates import CHATML
 from tests.tiny import byte_level_tokenizer
@@ -24,13 +24,6 @@ STATISTICS = ("nll", "brier", "entropy", "rank_mean", "rsr", "rho", "g_hat")
 # The matrix product that is timed before every run, for a figure of its summary, takes longer than these runs.
 QUICK = "import math, os, lark_fast.flop as f, lark_fast.packing as p; f.matmul_ceiling = lambda *_: math.nan\n"
 SMALL_WINDOWS = QUICK + "p.CPU_WINDOW_FLOP = 0\n"  # of four packs
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    started = Forks(tmp_path_factory.mktemp("prints"))
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import pytest
 from lark_fast.scoring.journal import Journal
 from lark_fast.scoring.parts import part_files
 from lark_fast.scoring.store import read_manifest
-from tests.command import Forks, make_records, write_jsonl, write_student
+from tests.command import disk_of, make_records, write_jsonl, write_student
 from tests.score_rows import table
 
 # Windows of four packs, whatever the student: many moments inside a window to be stopped at. And the matrix product
@@ -45,13 +45,6 @@ Passes._launch, ScoreStore.append = telling_launch, telling_append
 )
 KEY = ("problem_id", "candidate_id")
 PACK = ("--tokens-per-batch", 256)
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    started = Forks(tmp_path_factory.mktemp("prints"))
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")
@@ -300,13 +293,8 @@ lark_fast.student.load_student = telling_load
 
 @pytest.fixture
 def small_disk(tmp_path):
-    mounted = tmp_path / "disk"
-    mounted.mkdir()
-    how = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(mounted)]
-    if os.geteuid() or not shutil.which("mount") or subprocess.run(how, capture_output=True).returncode:
-        pytest.skip("mounting a small disk takes root")
-    yield mounted
-    subprocess.run(["umount", "-l", str(mounted)], check=True)
+    with disk_of("256k", tmp_path / "disk") as mounted:
+        yield mounted
 
 
 def remount(disk, how):

@@ -16,6 +16,7 @@ import pytest
 
 from lark_fast.errors import UserError
 from lark_fast.scoring.store import ScoreStore, part_files, read_manifest
+from tests.command import disk_of
 from tests.score_rows import IDENTITY, go_on, key, row, table, write_window
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -241,13 +242,8 @@ def test_files_that_may_not_grow(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    mounted = tmp_path / "disk"
-    mounted.mkdir()
-    how = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mounted)]
-    if os.geteuid() or not shutil.which("mount") or subprocess.run(how, capture_output=True).returncode:
-        pytest.skip("mounting a small disk takes root")
-    yield mounted
-    subprocess.run(["umount", "-l", str(mounted)], check=True)
+    with disk_of("1m", tmp_path / "disk") as mounted:
+        yield mounted
 
 
 def test_a_disk_that_is_full(small_disk):
