@@ -13,11 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from lark_fast.errors import UserError
 from lark_fast.flop import ForwardCost
 from lark_fast.interrupts import Interrupts
 from lark_fast.packing import windows
-from lark_fast.scoring.feed import Trajectory
+from lark_fast.scoring.feed import Trajectory, changed_text
 from lark_fast.scoring.forward import Batch, Passes, Scored
 from lark_fast.scoring.metrics import Account
 from lark_fast.scoring.prefetch import prefetch
@@ -68,10 +67,7 @@ def cut_windows(
             if item.key not in unfinished:
                 of_token.append(index)
             elif unfinished[item.key] != item.content_hash:
-                raise UserError(
-                    f"{item.source}:{item.line}: this record's text is not the one that was scored; "
-                    "give a changed pool a directory of its own, or --overwrite"
-                )
+                raise changed_text(item.source, item.line)
         # Planned with those that are done, so that a window that is taken up again has the same packs.
         unique = list(twins)
         batches = []

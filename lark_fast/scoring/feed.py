@@ -81,6 +81,14 @@ def token_hash(input_ids: Sequence[int] | NDArray, labels: Sequence[int] | NDArr
     return digest.digest()
 
 
+def changed_text(source: str, line: int) -> UserError:
+    """The error to raise for a record that was scored with another text."""
+    return UserError(
+        f"{source}:{line}: this record's text is not the one that was scored; "
+        "give a changed pool a directory of its own, or --overwrite"
+    )
+
+
 def default_workers(device_type: str) -> int:
     """How many workers to use when nobody says: none beside a CPU's forward pass, which needs every core itself."""
     if device_type == "cpu":
@@ -233,10 +241,7 @@ class Feed:
             )
         elif entry.content != KeyTable.short_content(item.content_hash):
             # A stored score must not stand for a text that is no longer there.
-            raise UserError(
-                f"{item.source}:{item.line}: this record's text is not the one that was scored; "
-                "give a changed pool a directory of its own, or --overwrite"
-            )
+            raise changed_text(item.source, item.line)
         else:
             self._known.mark(item.key)
             self.kept += 1
