@@ -208,7 +208,7 @@ def blocks(
     query: Tensor, key: Tensor, value: Tensor, pack: Pack, scaling: float, window: int | None, softcap: float | None
 ) -> Tensor:
     """A sequence at a time; shapes as in ``packed_attention``. Scores exist for ``BLOCK`` queries at most."""
-    out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+    parts = []  # [1, t, H, e] each; written into one tensor they would cost a copy of its gradient apiece
     grouped = query.shape[1] != key.shape[1]
     for start, end in pairwise(pack.bounds):
         if start == end:
@@ -216,7 +216,7 @@ def blocks(
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
         if softcap is None and (window is None or window >= end - start):
             done = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
-            out[:, start:end] = done.transpose(1, 2)
+            parts.append(done.transpose(1, 2))
             continue
         for first in range(0, end - start, BLOCK):
             behind = min(first + BLOCK, end - start)
@@ -224,8 +224,8 @@ def blocks(
             part = _block(
                 q[:, :, first:behind], k[:, :, oldest:behind], v[:, :, oldest:behind], scaling, window, softcap
             )
-            out[:, start + first : start + behind] = part.transpose(1, 2)
-    return out
+            parts.append(part.transpose(1, 2))
+    return torch.cat(parts, 1) if parts else value.new_empty(1, 0, query.shape[1], value.shape[-1])
 
 
 def _block(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None, softcap: float | None) -> Tensor:

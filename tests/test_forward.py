@@ -16,9 +16,10 @@ from torch._dynamo.utils import counters
 
 from lark_fast import Scorer
 from lark_fast.attention import NAME
+from lark_fast.batch import SEQUENCES_STEP, make_batch
 from lark_fast.kernels.token_stats import IGNORE_INDEX
 from lark_fast.rendering.renderer import Rendered
-from lark_fast.scoring.forward import SEQUENCES_STEP, Passes, make_batch
+from lark_fast.scoring.forward import Passes
 from lark_fast.student import Student
 from tests.test_attention import FLOAT32, VOCABULARY, alone, assert_close, eager, one_by_one, trajectories
 from tests.tiny import UNPACKABLE, tiny_decoder, tiny_llama

@@ -13,11 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from lark_fast.batch import Batch
 from lark_fast.flop import ForwardCost
 from lark_fast.interrupts import Interrupts
 from lark_fast.packing import windows
 from lark_fast.scoring.feed import Trajectory, changed_text
-from lark_fast.scoring.forward import Batch, Passes, Scored
+from lark_fast.scoring.forward import Passes, Scored
 from lark_fast.scoring.metrics import Account
 from lark_fast.scoring.prefetch import prefetch
 from lark_fast.scoring.store import Key, ScoreStore

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lark_fast.batch import Sequences
 from lark_fast.errors import RejectError
 from lark_fast.kernels.token_stats import IGNORE_INDEX, TokenStats
 from lark_fast.packing import window_tokens
@@ -16,7 +17,7 @@ from lark_fast.pool.records import Record, normalise
 from lark_fast.rendering.renderer import Rendered, Renderer, RenderOptions
 from lark_fast.scoring.estimate import Footprint
 from lark_fast.scoring.feed import token_hash
-from lark_fast.scoring.forward import Passes, Scored, Sequences
+from lark_fast.scoring.forward import Passes, Scored
 from lark_fast.scoring.learnability import rho
 from lark_fast.student import Student, load_student
 

@@ -1,0 +1,136 @@
+"""What one forward pass reads: sequences laid out in a pack or in padded rows, on the host and on the device."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from lark_fast.attention import Pack
+from lark_fast.kernels.head_operands import IGNORE_INDEX
+
+SEQUENCES_STEP = 64  # packs of one shape have a multiple of it as their number of bounds
+
+Sequences = Sequence[tuple[ArrayLike, ArrayLike]]  # input_ids and labels of each, as long as one another
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """What one forward pass reads, on the host (pinned for a GPU).
+
+    Attributes:
+        members: the caller's numbers of the sequences, in the order in which they lie here.
+        sequences: those sequences.
+        lengths: tokens of each.
+        shape: rows and columns of the input; one row where sequences are packed.
+        bounds: of a pack: where the sequences lie, see ``Pack``. What fills the row up is a sequence more, and empty
+            ones may follow. None: a row a sequence, padded on the right.
+        numbers: int64, one behind another: input_ids and, of a pack, position_ids (both rows x columns) and ``bounds``;
+            the rows of hidden states that are scored, and the words they predict (N each); where each sequence's
+            scored tokens begin (S + 1).
+        n_scored: N.
+    """
+
+    members: Sequence[int]
+    sequences: Sequences
+    lengths: Sequence[int]
+    shape: tuple[int, int]
+    bounds: Sequence[int] | None
+    numbers: Tensor
+    n_scored: int
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the sequences."""
+        return sum(self.lengths)
+
+    @property
+    def n_padded(self) -> int:
+        """Tokens that pass through the student for nothing."""
+        return self.size - self.n_tokens
+
+    @property
+    def size(self) -> int:
+        """Tokens that pass through the student."""
+        return self.shape[0] * self.shape[1]
+
+    def on(self, device: torch.device) -> "Inputs":
+        """The numbers on their device, by name; without a wait where they are pinned."""
+        n_inputs, n_bounds = self.size, len(self.bounds or ())
+        sizes = [
+            n_inputs,
+            n_inputs if self.bounds else 0,
+            n_bounds,
+            self.n_scored,
+            self.n_scored,
+            len(self.lengths) + 1,
+        ]
+        ids, places, bounds, rows, targets, ends = self.numbers.to(device, non_blocking=True).split(sizes)
+        if self.bounds is None:
+            return Inputs(ids.view(self.shape), None, None, rows, targets, ends)
+        longest = max(end - start for start, end in itertools.pairwise(self.bounds))
+        pack = Pack(self.bounds, bounds.to(torch.int32), longest)
+        return Inputs(ids.view(self.shape), pack, places.view(self.shape), rows, targets, ends)
+
+
+class Inputs(NamedTuple):
+    """A batch on its device."""
+
+    ids: Tensor  # [B, T]
+    pack: Pack | None
+    places: Tensor | None  # [1, T] position_ids of a pack
+    rows: Tensor  # [N] of the hidden states
+    targets: Tensor  # [N]
+    ends: Tensor  # [S + 1]
+
+
+def make_batch(members: Sequence[int], sequences: Sequences, *, packed: bool, pinned: bool, fill_to: int = 0) -> Batch:
+    """Lay out the sequences of one forward pass.
+
+    Args:
+        members: what the caller calls them.
+        sequences: input_ids and labels of each.
+        packed: in one row; otherwise in a row each.
+        pinned: in memory from which a GPU can fetch them by itself.
+        fill_to: fill a pack up to so many tokens, so that all packs have one shape.
+    """
+    lengths = [len(ids) for ids, _ in sequences]
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids = np.concatenate([np.asarray(row, dtype=np.int64) for row, _ in sequences] or [starts[:0]])
+    labels = np.full(starts[-1], IGNORE_INDEX, dtype=np.int64)
+    for start, end, (_, marks) in zip(starts, starts[1:], sequences, strict=False):
+        labels[start : max(start, end - 1)] = marks[1:]  # position t predicts token t + 1
+    rows = np.flatnonzero(labels != IGNORE_INDEX)
+    targets, ends = labels[rows], np.searchsorted(rows, starts)
+    bounds: list[int] | None = None
+    if packed:
+        shape = (1, max(1, int(starts[-1]), fill_to))
+        bounds = starts.tolist()
+        if fill_to:
+            bounds += [shape[1]] * (SEQUENCES_STEP - len(bounds) % SEQUENCES_STEP)
+        elif shape[1] > bounds[-1]:
+            bounds.append(shape[1])
+        places = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+        # What fills the row up is at place 0: its own places could lie beyond those that the model has.
+        parts = [*(np.pad(part, (0, shape[1] - len(ids))) for part in (ids, places)), np.asarray(bounds)]
+    else:
+        shape = (len(sequences), max([1, *lengths]))
+        moved = np.arange(len(sequences)) * shape[1] - starts[:-1]  # from its place among the tokens to its row
+        square = np.zeros(shape[0] * shape[1], dtype=np.int64)
+        square[np.arange(starts[-1]) + np.repeat(moved, lengths)] = ids
+        rows = rows + np.repeat(moved, np.diff(ends))
+        parts = [square]
+    numbers = torch.from_numpy(np.concatenate([*parts, rows, targets, ends]))
+    return Batch(members, sequences, lengths, shape, bounds, _pinned(numbers) if pinned else numbers, len(rows))
+
+
+def _pinned(numbers: Tensor) -> Tensor:
+    """In memory that a GPU can read by itself; as it is where there is none left, which is slower and no more."""
+    try:
+        return numbers.pin_memory()
+    except RuntimeError:
+        return numbers
