@@ -108,16 +108,35 @@ def head_form(impl: str, hidden: Tensor, weight: Tensor) -> str:
         ValueError: an unknown ``impl``, or one that cannot run on this device or these dtypes.
     """
     same = hidden.dtype == weight.dtype and hidden.dtype in (*HALF, torch.float32)
-    if impl == "auto" and not (same and hidden.is_cuda and has_triton()):
+    return _form(impl, hidden.device, same, hidden.dtype in HALF and _tidy(hidden, weight))
+
+
+def loss_form(impl: str, hidden: Tensor, weight: Tensor, operand: torch.dtype) -> str:
+    """Which of ``FORMS`` makes the loss and its gradients, their products reading ``operand``.
+
+    "chunked" makes three products and keeps the gradient of weight in float32; "fused" makes four and needs no more
+    than that gradient in its own dtype. So a half-precision weight that learns goes to the second, where the first
+    would take thrice the memory; all others, frozen ones above all, to the first (arithmetic: docs/log.md).
+
+    Raises:
+        ValueError: as ``head_form``.
+    """
+    lean = weight.requires_grad and weight.dtype == operand and operand in HALF and _tidy(hidden, weight)
+    return _form(impl, hidden.device, operand in (*HALF, torch.float32), lean)
+
+
+def _form(impl: str, device: torch.device, fits: bool, fused: bool) -> str:
+    """``impl`` as one of ``FORMS``; ``fits``: Triton's take the operands; ``fused``: that is the better one."""
+    if impl == "auto" and not (fits and device.type == "cuda" and has_triton()):
         return "torch"
     if impl in ("auto", "triton"):
-        impl = "fused" if hidden.dtype in HALF and _tidy(hidden, weight) else "chunked"
+        impl = "fused" if fused else "chunked"
     if impl not in FORMS:
         raise ValueError(f"impl={impl!r}: one of 'auto', 'triton', {', '.join(map(repr, FORMS))}")
     if impl != "torch":
-        require_triton(impl, hidden.device)
-        if not same:
-            raise ValueError(f"impl={impl!r} takes hidden and weight of one dtype, bfloat16, float16 or float32")
+        require_triton(impl, device)
+        if not fits:
+            raise ValueError(f"impl={impl!r} takes hidden and weight of one dtype: bfloat16, float16, float32")
     return impl
 
 

@@ -114,8 +114,8 @@ def label_logits(
         config = config or head_config(hidden, head)
         label_rows = LABEL_ROWS if hidden.dtype in HALF else FLOAT_LABEL_ROWS
         _label_logits[(triton.cdiv(len(labels), label_rows),)](
-            hidden, head.weight, head.bias, rows, labels, out, len(labels), *_sizes(hidden, head),
-            **_head_flags(hidden, rows, head), ROWS=label_rows, INNER=config.inner, num_warps=4,
+            hidden, head.weight, head.bias, rows, labels, out, len(labels), *head_sizes(hidden, head),
+            **head_flags(hidden, rows, head), ROWS=label_rows, INNER=config.inner, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -142,7 +142,7 @@ def partial_sums(
     n_splits = triton.cdiv(n_tiles, split_tiles)
     partials = torch.empty(n_splits, 5, n_rows, dtype=torch.float32, device=hidden.device)
     if n_rows:
-        n_words, *rest = _sizes(hidden, head)
+        n_words, *rest = head_sizes(hidden, head)
         row_boxes = config.boxes and rows is None
         of_hidden = TensorDescriptor.from_tensor(hidden, [config.rows, config.inner]) if row_boxes else hidden
         weight = head.weight
@@ -150,7 +150,7 @@ def partial_sums(
         _partial_sums[(n_blocks * n_splits,)](
             of_hidden, of_weight, head.bias, rows, labels, label_logit, partials,
             n_rows, n_words, n_splits, split_tiles, _group(hidden, config, n_blocks), *rest,
-            **_head_flags(hidden, rows, head), BRIER=wanted.brier, ENTROPY=wanted.entropy, RANK=wanted.rank,
+            **head_flags(hidden, rows, head), BRIER=wanted.brier, ENTROPY=wanted.entropy, RANK=wanted.rank,
             ROWS=config.rows, WORDS=config.words, INNER=config.inner, SLICES=config.slices, FLATTEN=config.flatten,
             ROW_BOXES=row_boxes, WORD_BOXES=config.boxes,
             num_warps=config.num_warps, num_stages=config.num_stages,
@@ -158,12 +158,14 @@ def partial_sums(
     return partials
 
 
-def _sizes(hidden: Tensor, head: Head) -> tuple[int | float, ...]:
+def head_sizes(hidden: Tensor, head: Head) -> tuple[int | float, ...]:
+    """What kernels on ``product`` take for n_words, the strides of hidden and weight, logit_scale and softcap."""
     strides = hidden.stride(0), head.weight.stride(0)
     return len(head.weight), *strides, *finish_numbers(head)
 
 
-def _head_flags(hidden: Tensor, rows: Tensor | None, head: Head) -> dict[str, bool | int | str]:
+def head_flags(hidden: Tensor, rows: Tensor | None, head: Head) -> dict[str, bool | int | str]:
+    """Their compile-time arguments that do not depend on the tiles."""
     return {
         "D": hidden.shape[1],
         "HAS_ROWS": rows is not None,
