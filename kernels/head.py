@@ -69,7 +69,7 @@ def head_logits(
             logits = torch.mm(hidden, weight.T, out_dtype=dtype)
         else:
             logits = torch.mm(hidden.to(dtype), weight.to(dtype).T, out=out)
-    return finish_logits(logits, bias, softcap, logit_scale)
+    return _finish(logits, bias, softcap, logit_scale)
 
 
 def label_logits(
@@ -86,11 +86,11 @@ def label_logits(
     """
     exact = torch.linalg.vecdot(hidden.double(), weight[labels].double())
     own_bias = None if bias is None else bias[labels]
-    return finish_logits(exact.to(accumulation_dtype(hidden.dtype)), own_bias, softcap, logit_scale)
+    return _finish(exact.to(accumulation_dtype(hidden.dtype)), own_bias, softcap, logit_scale)
 
 
-def finish_logits(logits: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float | None) -> Tensor:
-    """Bias ``[V]``, scale and cap of the products ``[T, V]``, in place where autograd allows it."""
+def _finish(logits: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float | None) -> Tensor:
+    """Bias, scale and cap, in place where autograd allows it."""
     keep = torch.is_grad_enabled() and (logits.requires_grad or (bias is not None and bias.requires_grad))
     if bias is not None:
         logits = logits + bias if keep else logits.add_(bias)

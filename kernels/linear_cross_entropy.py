@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lark_fast.kernels import dispatch
-from lark_fast.kernels.head import Head, accumulation_dtype, finish_logits, head_logits
+from lark_fast.kernels.head import Head, accumulation_dtype, head_logits
 from lark_fast.kernels.head_operands import IGNORE_INDEX, check_operands, count_scored, for_kernels
 from lark_fast.kernels.products import add_product, write_product
 from lark_fast.kernels.softmax_sums import Wanted
@@ -40,7 +40,6 @@ from lark_fast.kernels.token_stats import form as head_form
 CPU_LOGITS = 1 << 22
 GPU_LOGITS, GPU_FROZEN_LOGITS = 1 << 28, 1 << 26  # 1 GiB and 256 MiB of float32
 CPU_MIN_ROWS, GPU_MIN_ROWS = 256, 1024  # fewer starve the products, however large the vocabulary
-PASS_LOGITS = 1 << 18  # that a CPU takes through softmax and error while they stay in its cache
 ROW_STEP = 128  # of a GPU's products
 NLL = Wanted(brier=False, entropy=False, rank=False)
 
@@ -123,22 +122,10 @@ def _block_rows(hidden: Tensor, head: Head, *, frozen: bool) -> int:
 
 
 def _torch_error(hidden: Tensor, head: Head, labels: Tensor, row_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """``BlockError`` in plain torch, a few rows at a time through all that follows the product."""
-    logits = head_logits(hidden, head.weight)
-    nll = row_scale.new_empty(len(labels))
-    step = len(labels) if hidden.is_cuda else max(1, PASS_LOGITS // len(head.weight))
-    for start in range(0, len(labels), step):
-        rows = slice(start, start + step)
-        z = finish_logits(logits[rows], head.bias, head.softcap, head.logit_scale)
-        slope = None if head.softcap is None else 1 - (z / head.softcap) ** 2
-        nll[rows] = _error_in_place(z, labels[rows].unsqueeze(1), row_scale[rows].unsqueeze(1))
-        if slope is not None:
-            z *= slope
-    return nll, logits
-
-
-def _error_in_place(z: Tensor, label: Tensor, row_scale: Tensor) -> Tensor:
-    """nll ``[R]`` of logits ``[R, V]``, which become row_scale * (softmax - onehot); label and row_scale ``[R, 1]``."""
+    """``BlockError`` in plain torch: the error takes the place of the logits."""
+    z = head.logits(hidden)
+    slope = None if head.softcap is None else 1 - (z / head.softcap) ** 2
+    label, row_scale = labels.unsqueeze(1), row_scale.unsqueeze(1)
     m = z.amax(1, keepdim=True)
     x = z.gather(1, label) - m
     a = x.exp()
@@ -146,8 +133,10 @@ def _error_in_place(z: Tensor, label: Tensor, row_scale: Tensor) -> Tensor:
     others = z.sum(1, keepdim=True)
     total = others + a
     nll = torch.where(others < a, (others / a).log1p(), total.log() - x)
-    z.mul_(row_scale / total).scatter_(1, label, -row_scale * others / total)
-    return nll.squeeze(1)
+    error = z.mul_(row_scale / total).scatter_(1, label, -row_scale * others / total)
+    if slope is not None:
+        error *= slope
+    return nll.squeeze(1), error
 
 
 def _add_gradients(gradients: list[Tensor | None], rows: slice, error: Tensor, hidden: Tensor, weight: Tensor) -> None:
