@@ -109,3 +109,20 @@ def test_evaluate_gives_transformers_loss_and_accuracy():
         torch.testing.assert_close(result.means.nll, torch.stack(losses).double(), rtol=1e-5, atol=0)
         assert result.sums.agreement.tolist() == (predicted & counted).sum(1).tolist()
         torch.testing.assert_close(result.means.brier, (brier * counted).sum(1) / counted.sum(1), rtol=1e-5, atol=0)
+
+
+def test_trl_weights_trains_on_a_selection(tmp_path):
+    pytest.importorskip("trl")
+    tokenizer = chatml()
+    TINY_MODELS["llama"](len(tokenizer)).save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    rows = [
+        {"messages": sample["messages"], "weight": weight} for sample, weight in zip(SAMPLES, [0.7, 0.3], strict=False)
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"use_cpu": True, "bf16": False, "num_train_epochs": 3, "learning_rate": 1e-2, "logging_steps": 1}
+    paths = [str(tmp_path / name) for name in ("student", "train.jsonl", "out")]
+    trainer = example("trl_weights")["train"](*paths, **settings)
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[2] < losses[0]
+    assert (tmp_path / "out" / "model.safetensors").exists()

@@ -13,7 +13,7 @@ pytest.importorskip("trl")
 
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from lark_fast.trainers import HeadLoss, WeightedSFTTrainer, use_linear_cross_entropy
@@ -314,6 +314,8 @@ def test_what_cannot_be_honoured_is_refused(tmp_path):
         hf(tmp_path, ROWS, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="loss of its own"):
         hf(tmp_path, ROWS, compute_loss_func=lambda *_, **__: 0)
+    with pytest.raises(ValueError, match="does not compile the whole model"):
+        hf(tmp_path, ROWS, torch_compile=True, torch_compile_backend="eager")
     with pytest.raises(ValueError, match="skip_prepare_dataset"):
         sft(tmp_path, ROWS, dataset_kwargs={"skip_prepare_dataset": True})
     with pytest.raises(ValueError, match="loss_norm='mean'"):
@@ -427,9 +429,27 @@ def test_the_switch_goes_on_and_off():
         switch.install().install()
 
 
-@pytest.mark.parametrize("settings", [{"target_modules": ["q_proj"]}, {"modules_to_save": ["lm_head"]}])
-def test_the_switch_with_peft(settings):
-    model = get_peft_model(tiny_llama(VOCAB), LoraConfig(r=4, init_lora_weights=False, **settings))
+def test_trainers_of_others_take_it_as_it_is(tmp_path):
+    rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in ROWS]
+    changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+
+    def run(model):
+        collator, arguments = DataCollatorForSeq2Seq(TOKENIZER), TrainingArguments(**settings(tmp_path, **changes))
+        data = Dataset.from_list(rows)
+        trainer = Trainer(model, arguments, data_collator=collator, train_dataset=data, eval_dataset=data)
+        curve = trained(trainer)
+        curve.losses.append(trainer.evaluate()["eval_loss"])
+        return curve
+
+    model = tiny_llama(VOCAB)
+    with use_linear_cross_entropy(model):
+        without_logits = run(model)
+    assert distance(without_logits, run(tiny_llama(VOCAB))) < 1e-5
+
+
+@pytest.mark.parametrize("trained_parts", [{"target_modules": ["q_proj"]}, {"modules_to_save": ["lm_head"]}])
+def test_the_switch_with_peft(trained_parts):
+    model = get_peft_model(tiny_llama(VOCAB), LoraConfig(r=4, init_lora_weights=False, **trained_parts))
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:

@@ -45,7 +45,7 @@ class HeadLoss:
             )
         with torch.autocast(output.weight.device.type, enabled=False):  # which would blur the look at its logits
             self.model, self._student = model, Student(model)
-        self._own: list[Any] = []
+        self._own: list[Any] = []  # while it is on: what stood in model.forward before
 
     def __enter__(self) -> "HeadLoss":
         return self if self._own else self.install()
@@ -95,30 +95,26 @@ class HeadLoss:
         if shift_labels is None:
             hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
             token_weights = None if token_weights is None else token_weights[:, 1:]
-        weight, head = self._student.head.weight, self._student.head
-        if torch.is_autocast_enabled(hidden.device.type):
-            # The operation knows no autocast; these are the operands that the model's own head would multiply.
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
         hidden, target = hidden.flatten(0, 1), shift_labels.flatten().to(hidden.device)
-        more = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
+        head, kind = self._student.head, hidden.device.type
+        more: dict[str, Any] = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
+        # The operations know no autocast; these are the operands that the model's own head would multiply.
+        low = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
         if per_token:
+            weight = head.weight.bfloat16() if low else head.weight
+            hidden = hidden.bfloat16() if low else hidden
             outputs.token_stats = token_stats(hidden, weight, target, statistics=("nll", "entropy"), **more)
             return outputs
+        more["operand_dtype"] = torch.bfloat16 if low else None
         if token_weights is not None:
-            loss = linear_cross_entropy(hidden, weight, target, token_weights.flatten().to(hidden.device), **more)
+            factors = token_weights.flatten().to(hidden.device)
+            loss = linear_cross_entropy(hidden, head.weight, target, factors, **more)
         else:
-            loss = self._plain(hidden, weight, target, num_items_in_batch, more) + self.balancing(outputs)
+            # The model's own rule: mean over the scored tokens, or their sum over num_items_in_batch.
+            n = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=hidden.device)
+            factors = None if n is None else (1 / n).expand(target.shape)
+            loss = linear_cross_entropy(hidden, head.weight, target, factors, **more) + self.balancing(outputs)
         return type(outputs)(**{**outputs, "loss": loss, "logits": None})
-
-    def _plain(
-        self, hidden: Tensor, weight: Tensor, target: Tensor, n: Tensor | int | None, more: dict[str, Any]
-    ) -> Tensor:
-        """The model's own rule: mean over the scored tokens, or their sum over ``n``."""
-        if n is None:
-            return linear_cross_entropy(hidden, weight, target, **more)
-        ones = torch.ones(target.shape, device=hidden.device)
-        return linear_cross_entropy(hidden, weight, target, ones / torch.as_tensor(n, device=hidden.device), **more)
 
     def balancing(self, outputs: "ModelOutput") -> Tensor | float:
         """What a mixture of experts adds to its loss where it is told to; otherwise 0."""

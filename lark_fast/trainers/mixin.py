@@ -52,6 +52,8 @@ class WeightedLoss:
             or getattr(args, "loss_type", "nll") != "nll"
         ):
             raise ValueError(f"{kind} has a loss of its own: no compute_loss_func, label_smoothing_factor or loss_type")
+        if args.torch_compile:
+            raise ValueError(f"{kind} does not compile the whole model: compile its layers (layer.compile()) instead")
         if args.n_gpu > 1:
             raise ValueError(f"{kind} does not run under nn.DataParallel: start it with torchrun or accelerate launch")
         if self.get_cp_size() > 1 or self.get_sp_size() > 1:
