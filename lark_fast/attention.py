@@ -82,6 +82,7 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    dropout: float = 0.0,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each sequence of a pack, as Transformers calls it.
@@ -97,6 +98,7 @@ def packed_attention(
         sliding_window: how many tokens a query sees, itself among them.
         softcap: scores s become softcap * tanh(s / softcap).
         is_causal: True or None: the module's own.
+        dropout: of the probabilities; anything but 0 takes the form "blocks".
         others: ignored, but for those that would change the result.
 
     Returns:
@@ -112,6 +114,8 @@ def packed_attention(
     if sliding_window is None and _slides(module):
         raise UnknownAttentionError(f"{type(module).__name__} does not tell its attention the sliding window")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if dropout:
+        return blocks(query, key, value, pack, scaling, sliding_window, softcap, dropout), None
     return _form(query, value, softcap)(query, key, value, pack, scaling, sliding_window, softcap), None
 
 
@@ -205,7 +209,14 @@ def flex(
 
 
 def blocks(
-    query: Tensor, key: Tensor, value: Tensor, pack: Pack, scaling: float, window: int | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pack: Pack,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """A sequence at a time; shapes as in ``packed_attention``. Scores exist for ``BLOCK`` queries at most."""
     parts = []  # [1, t, H, e] each; written into one tensor they would cost a copy of its gradient apiece
@@ -215,30 +226,34 @@ def blocks(
             continue
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
         if softcap is None and (window is None or window >= end - start):
-            done = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
+            done = scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+            )
             parts.append(done.transpose(1, 2))
             continue
         for first in range(0, end - start, BLOCK):
             behind = min(first + BLOCK, end - start)
             oldest = 0 if window is None else max(0, first - window + 1)
-            part = _block(
-                q[:, :, first:behind], k[:, :, oldest:behind], v[:, :, oldest:behind], scaling, window, softcap
-            )
+            reach = slice(oldest, behind)
+            part = _block(q[:, :, first:behind], k[:, :, reach], v[:, :, reach], scaling, window, softcap, dropout)
             parts.append(part.transpose(1, 2))
     return torch.cat(parts, 1) if parts else value.new_empty(1, 0, query.shape[1], value.shape[-1])
 
 
-def _block(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None, softcap: float | None) -> Tensor:
+def _block(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None, softcap: float | None, dropout: float
+) -> Tensor:
     """The last queries of the keys ``[1, G, K, d]``, under a mask; softmax in float32 as eager attention has it."""
     grouped = q.shape[1] != k.shape[1]
     ages = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device).unsqueeze(1)
     ages = ages - torch.arange(k.shape[2], device=q.device)  # [Q, K]
     seen = ages >= 0 if window is None else (ages >= 0) & (ages < window)
     if softcap is None:
-        return scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling, enable_gqa=grouped)
+        return scaled_dot_product_attention(q, k, v, seen, dropout, scale=scaling, enable_gqa=grouped)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = softcap * torch.tanh(q @ k.transpose(2, 3) * scaling / softcap)
-    return scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+    p = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype)
+    return torch.dropout(p, dropout, train=True) @ v
 
 
 def _block_mask(bounds: Sequence[int], window: int | None, device: torch.device) -> "BlockMask":

@@ -33,9 +33,17 @@ class Interrupts:
         for number, handler in self._replaced:
             signal.signal(number, handler)
 
+    @property
+    def waiting(self) -> bool:
+        """A signal waits for the end of ``held``."""
+        return self._waiting
+
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Let the first signal wait until the end of the block."""
+        """Let the first signal wait until the end of the block; of blocks in blocks, of the outermost."""
+        if self._held:
+            yield
+            return
         self._held = True
         try:
             yield

@@ -109,11 +109,15 @@ class Student:
             for layer, own in before.items():
                 layer._compiled_call_impl = own
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The model's blocks, as Transformers names the classes that are not to be split."""
+        kinds = set(self.model._no_split_modules or ())
+        return [module for module in self.model.modules() if type(module).__name__ in kinds]
+
     @cached_property
     def _compiled_layers(self) -> dict[nn.Module, Callable[..., Any]]:
-        kinds = set(self.model._no_split_modules or ())
-        layers = [module for module in self.model.modules() if type(module).__name__ in kinds]
-        return {layer: torch.compile(layer._call_impl) for layer in layers}
+        return {layer: torch.compile(layer._call_impl) for layer in self.layers}
 
     @cached_property
     def unpackable(self) -> str | None:

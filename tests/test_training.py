@@ -10,6 +10,7 @@ import torch
 from lark_fast.errors import UserError
 from lark_fast.rendering.renderer import Renderer
 from lark_fast.student import Student, load_student, load_tokenizer
+from lark_fast.training import model as training_model
 from lark_fast.training import step as training_step
 from lark_fast.training.batches import global_batch, steps_per_epoch
 from lark_fast.training.data import load_training_set
@@ -143,8 +144,8 @@ def test_only_scored_rows_reach_the_head(tmp_path, monkeypatch):
         seen.append(len(hidden))
         return real(hidden, *arguments, **options)
 
-    real = training_step.linear_cross_entropy
-    monkeypatch.setattr(training_step, "linear_cross_entropy", spy)
+    real = training_model.linear_cross_entropy
+    monkeypatch.setattr(training_model, "linear_cross_entropy", spy)
     ours, data = trainer(tiny_llama(), weighted_rows(3), tmp_path, global_batch=9, micro_batch=4)
     ours.measure(0)
     assert len(seen) == 3

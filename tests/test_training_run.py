@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lark_fast.errors import UserError
 from lark_fast.rendering.renderer import RenderOptions
 from lark_fast.training import state
+from lark_fast.training.loop import TIMED
 from lark_fast.training.state import RunDirectory
 from lark_fast.training.step import Trainer
 from tests.command import ENVIRONMENT, command
@@ -372,7 +373,8 @@ def test_what_is_written(tmp_path, data, student):
     assert [line["epoch"] for line in lines] == [0, 1, 1, 1, 1, 2, 2, 2, 2]
     steps = [line for line in lines if "eval_loss" not in line]
     assert len(steps) == 6
-    assert all(line.keys() == {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_s"} for line in steps)
+    named = {"step", "epoch", "loss", "lr", "grad_norm", "tokens", *TIMED}
+    assert all(line.keys() == named for line in steps)
     assert all(line.keys() == lines[0].keys() for line in lines if line not in steps)
     assert summary.first_loss == lines[1]["loss"]
     assert summary.eval_losses == tuple(line["eval_loss"] for line in lines if "eval_loss" in line)

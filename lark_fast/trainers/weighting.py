@@ -77,12 +77,12 @@ def with_factors(dataset: Dataset, name: str, loss_norm: LossNorm) -> Dataset:
         raise ValueError(f"loss_norm={loss_norm!r}: one of 'trajectory', 'token'")
     columns = ["input_ids", "labels", "weight"]
     padded = "attention_mask" in dataset.column_names
-    dataset = dataset.with_format(None).select_columns([*columns, "attention_mask"] if padded else columns)
+    dataset = dataset.with_format("numpy").select_columns([*columns, "attention_mask"] if padded else columns)
     n_scored = np.empty(len(dataset), dtype=np.int64)
     for first in range(0, len(dataset), 1000):
         part = dataset[first : first + 1000]
         n_scored[first : first + 1000] = [np.count_nonzero(_scored(labels)) for labels in part["labels"]]
-        if padded and not all(all(mask) for mask in part["attention_mask"]):
+        if padded and not all(mask.all() for mask in part["attention_mask"]):
             raise ValueError(f"the {name} dataset holds padded rows: tokenise it without padding")
     kept = np.flatnonzero(n_scored)
     if not len(kept):
@@ -96,7 +96,7 @@ def with_factors(dataset: Dataset, name: str, loss_norm: LossNorm) -> Dataset:
     mean = mean_weight(weights, n_scored, loss_norm)
     factors = token_weights(weights, n_scored, batch_size=1, mean=mean, loss_norm=loss_norm)
 
-    def spread(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+    def spread(rows: dict[str, Any], indices: list[int]) -> dict[str, list[np.ndarray]]:
         return {
             FACTORS: [
                 np.where(_scored(labels), factors[index], 0.0).astype(np.float32)
@@ -105,13 +105,13 @@ def with_factors(dataset: Dataset, name: str, loss_norm: LossNorm) -> Dataset:
         }
 
     leave = [column for column in dataset.column_names if column not in ("input_ids", "labels")]
-    return dataset.map(
-        spread, batched=True, with_indices=True, remove_columns=leave, desc=f"Weighing the tokens of the {name} dataset"
-    )
+    weighed = f"Weighing the tokens of the {name} dataset"
+    dataset = dataset.map(spread, batched=True, with_indices=True, remove_columns=leave, desc=weighed)
+    return dataset.with_format(None)
 
 
-def _scored(labels: list[int]) -> np.ndarray:
+def _scored(labels: np.ndarray) -> np.ndarray:
     """``[T]`` bool; nothing predicts the first token."""
-    scored = np.asarray(labels) != NOT_SCORED
+    scored = labels != NOT_SCORED
     scored[:1] = False
     return scored

@@ -1,28 +1,18 @@
-"""Which trajectories a step takes, how they are cut into micro-batches, and what of a micro-batch reaches the head."""
+"""Which trajectories a step takes, how they are cut into micro-batches, and which rank takes which of them."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from lark_fast.packing import length_batches
+from lark_fast.batch import Batch, make_batch
+from lark_fast.packing import length_batches, packs
+from lark_fast.pool.records import NOT_SCORED
 from lark_fast.training.data import TrainingSet
 
-# Padded tokens of a micro-batch where the user does not say how many trajectories. A GPU needs many to be busy; on a
-# CPU activations should stay in its cache: 2,048 train about twice as fast as 16,384.
+# Tokens of a micro-batch where the user does not say. A GPU needs many to be busy; on a CPU activations should stay in
+# its cache.
 GPU_TOKENS, CPU_TOKENS = 16384, 2048
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """B trajectories padded on the right to T tokens, their last tokens left out: those predict nothing."""
-
-    input_ids: Tensor  # [B, T]
-    predicts: Tensor  # [S] positions in the flattened [B * T] whose next token is scored
-    labels: Tensor  # [S] that next token
-    token_weights: Tensor  # [S] float32: the factor of its nll
 
 
 def global_batch(step: int, n: int, batch_size: int, seed: int) -> np.ndarray:
@@ -37,49 +27,74 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
     return -(-n // batch_size)
 
 
+def default_tokens(device: torch.device) -> int:
+    """Tokens of a micro-batch on this kind of device."""
+    return CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
+
+
 def micro_batches(
-    rows: np.ndarray, lengths: np.ndarray, size: int | None, device: torch.device
-) -> Iterator[np.ndarray]:
-    """Cut a batch into rows of similar length, longest first.
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    *,
+    size: int | None,
+    tokens: int,
+    packed: bool,
+    border: int | None = None,
+    ranks: int = 1,
+) -> list[np.ndarray]:
+    """Cut a batch into the rows of one forward pass each; the objective does not depend on how.
 
     Args:
         rows: ``[n]`` indices of trajectories.
         lengths: ``[N]`` tokens of every trajectory.
-        size: trajectories of a micro-batch, or None for as many as fit the device's budget of tokens.
-        device: where they will go.
+        size: trajectories of a micro-batch, or None for as many as fit ``tokens``.
+        tokens: of a micro-batch; a longer trajectory is one of its own.
+        packed: they will lie in one row; else a row each, padded to the longest.
+        border: lengths on its two sides never share a micro-batch, see ``lark_fast.packing.packs``.
+        ranks: the work is to be cut into at least so many parts where it can be.
     """
-    if size is None:
-        for batch in length_batches(lengths[rows].tolist(), CPU_TOKENS if device.type == "cpu" else GPU_TOKENS):
-            yield rows[batch]
-    else:
-        ordered = rows[np.argsort(-lengths[rows], kind="stable")]
-        for start in range(0, len(ordered), size):
-            yield ordered[start : start + size]
+    if size is not None:
+        return list(_of_size(rows[np.argsort(-lengths[rows], kind="stable")], lengths, size, border))
+    own = lengths[rows].tolist()
+    if ranks > 1:
+        tokens = min(tokens, max(max(own), -(-sum(own) // ranks)))
+    group = packs if packed else length_batches
+    return [rows[batch] for batch in group(own, tokens, border)]
 
 
-def collate(data: TrainingSet, rows: np.ndarray, weights: np.ndarray, device: torch.device) -> MicroBatch:
-    """Gather rows of the training set into one padded micro-batch on ``device``.
+def _of_size(rows: np.ndarray, lengths: np.ndarray, size: int, border: int | None) -> Iterator[np.ndarray]:
+    """Neighbours in length, longest first."""
+    longer = 0 if border is None else int((lengths[rows] > border).sum())
+    for part in (rows[:longer], rows[longer:]):
+        for start in range(0, len(part), size):
+            yield part[start : start + size]
+
+
+def of_rank(batches: Sequence[np.ndarray], lengths: np.ndarray, rank: int, ranks: int) -> list[np.ndarray]:
+    """The micro-batches of one rank: as many on each, and about as many tokens; some may be empty.
 
     Args:
-        data: the training set.
-        rows: ``[B]`` indices of trajectories.
-        weights: ``[B]`` factor of every scored token of each.
-        device: where the micro-batch goes.
+        batches: those of all ranks.
+        lengths: ``[N]`` tokens of every trajectory.
+        rank: whose.
+        ranks: how many there are.
     """
-    lengths = data.lengths[rows] - 1  # [B]
-    width = int(lengths.max())
-    ids = np.zeros((len(rows), width), dtype=np.int64)
-    predicts, labels = [], []
-    for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        start = data.starts[row]
-        tokens = data.ids[start : start + length + 1]
-        ids[place, :length] = tokens[:-1]
-        at = np.flatnonzero(data.scored[start + 1 : start + length + 1])
-        predicts.append(place * width + at)
-        labels.append(tokens[at + 1])
-    return MicroBatch(
-        input_ids=torch.from_numpy(ids).to(device),
-        predicts=torch.from_numpy(np.concatenate(predicts)).to(device),
-        labels=torch.from_numpy(np.concatenate(labels).astype(np.int64)).to(device),
-        token_weights=torch.from_numpy(np.repeat(weights, data.n_scored[rows]).astype(np.float32)).to(device),
-    )
+    order = sorted(range(len(batches)), key=lambda i: (-int(lengths[batches[i]].sum()), i))
+    own = []
+    for start in range(0, len(order), ranks):
+        turn = order[start : start + ranks]
+        # To and fro, so that no rank always gets the largest.
+        place = rank if start // ranks % 2 == 0 else ranks - 1 - rank
+        own.append(batches[turn[place]] if place < len(turn) else np.zeros(0, dtype=np.int64))
+    return own
+
+
+def collate(data: TrainingSet, rows: np.ndarray, *, packed: bool, pinned: bool, fill_to: int = 0) -> Batch:
+    """Lay out rows ``[m]`` of the training set for a forward pass; arguments as in ``make_batch``.
+
+    No rows make a pass that scores nothing: a rank without work takes part in what all ranks do.
+    """
+    sequences = [(data.ids[data.starts[row] : data.starts[row + 1]], data.labels(row)) for row in rows]
+    if not sequences:
+        sequences = [(np.zeros(1, dtype=np.int64), np.full(1, NOT_SCORED))]
+    return make_batch(rows.tolist(), sequences, packed=packed, pinned=pinned, fill_to=fill_to)

@@ -1,12 +1,10 @@
 """Training files -> token ids in a few flat arrays, with a weight for every trajectory."""
 
 import hashlib
-import math
 import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -15,11 +13,9 @@ from lark_fast.pool.reading import Pool, Rejected
 from lark_fast.pool.records import NOT_SCORED, Record
 from lark_fast.progress import track
 from lark_fast.rendering.renderer import Renderer
+from lark_fast.weights import checked_weight
 
 SHOWN_ROWS = 64
-# Weights that lie further apart cannot be told from 0 beside each other in float32.
-SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-15, 1e15
-ALLOWED_WEIGHTS = f"it must be 0, which leaves the row out, or lie between {SMALLEST_WEIGHT:g} and {LARGEST_WEIGHT:g}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +28,7 @@ class TrainingSet:
     lengths: np.ndarray  # [N] int64, in tokens
     n_scored: np.ndarray  # [N] int64
     weights: np.ndarray  # [N] float64, > 0
+    keys: Sequence[tuple[str, str]]  # [N] problem and candidate
     sources: Sequence[str]  # [N] the file each came from ...
     lines: np.ndarray  # [N] ... and its line there
     dropped: int  # rows of weight 0
@@ -46,6 +43,11 @@ class TrainingSet:
         for part in (self.ids, self.scored, self.starts, self.weights):
             total.update(np.ascontiguousarray(part).data)
         return total.hexdigest()
+
+    def labels(self, row: int) -> np.ndarray:
+        """``[T_i]`` the trajectory's tokens where they are scored, else ``NOT_SCORED``."""
+        span = slice(self.starts[row], self.starts[row + 1])
+        return np.where(self.scored[span], self.ids[span], NOT_SCORED)
 
     def where(self, rows: Sequence[int]) -> str:
         """Name rows by file and line, for a message."""
@@ -69,7 +71,7 @@ def load_training_set(path: str, renderer: Renderer, *, weighted: bool = True) -
     """
     pool = Pool([path])
     ids, scored, starts = array("i"), bytearray(), array("q", [0])
-    weights, lines, sources = array("d"), array("q"), []
+    weights, lines, sources, keys = array("d"), array("q"), [], []
     dropped = truncated = 0
     any_weight = False
     with track("reading", pool.total_bytes) as progress:
@@ -92,6 +94,7 @@ def load_training_set(path: str, renderer: Renderer, *, weighted: bool = True) -
             weights.append(weight)
             lines.append(record.line)
             sources.append(record.source)
+            keys.append(_key(record))
             truncated += rendered.truncated
             progress.update(pool.bytes_read, f"{len(weights):,} trajectories")
     if weighted and weights and not any_weight:
@@ -106,6 +109,7 @@ def load_training_set(path: str, renderer: Renderer, *, weighted: bool = True) -
         lengths=np.diff(borders),
         n_scored=np.add.reduceat(flags, borders[:-1], dtype=np.int64),
         weights=np.array(weights),
+        keys=keys,
         sources=sources,
         lines=np.array(lines),
         dropped=dropped,
@@ -122,18 +126,11 @@ def _weight(record: Record) -> float | None:
         name, value = "meta.train_weight", meta["train_weight"]
     else:
         return None
-    return _checked(name, value)
+    return checked_weight(value, name)
 
 
-def _checked(name: str, value: Any) -> float:
-    if value is None:
-        raise RejectError(f"{name} is null, NaN or infinite; {ALLOWED_WEIGHTS}")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RejectError(f"{name} is {value!r:.40}, not a number")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if number != 0 and not SMALLEST_WEIGHT <= number <= LARGEST_WEIGHT:
-        raise RejectError(f"{name} is {number:g}; {ALLOWED_WEIGHTS}")
-    return number
+def _key(record: Record) -> tuple[str, str]:
+    """Problem and candidate: by ``meta`` in a selection, else as any pool's record."""
+    meta = record.extra.get("meta")
+    own = meta if isinstance(meta, dict) else {}
+    return str(own.get("problem_id", record.problem_id)), str(own.get("candidate_id", record.candidate_id))

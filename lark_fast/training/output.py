@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from lark_fast.student import Student, student_files
+from lark_fast.student import student_files
+from lark_fast.training.step import Trainer
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -23,17 +25,26 @@ TOKENIZER_FILES = (
 
 
 def write_checkpoint(
-    student: Student, out: Path, *, dtype: torch.dtype, chat_template: str | None, with_code: bool
+    trainer: Trainer, out: Path, *, dtype: torch.dtype, chat_template: str | None, with_code: bool
 ) -> None:
-    """Write model and tokenizer into ``out``.
+    """Write model, or adapter, and tokenizer into ``out``; of several ranks, which all take part, rank 0 does.
 
     Args:
-        student: the trained one; its parameters are cast to ``dtype`` in place.
+        trainer: what was trained; its parameters are cast to ``dtype``.
         out: an existing directory.
-        dtype: of the weights on disk.
+        dtype: of the weights on disk; an adapter's are as they were trained.
         chat_template: the template trained with in place of the tokenizer's own, or None.
         with_code: copy the student's own Python files too.
     """
+    student, adapters = trainer.student, trainer.adapters
+    named = student.model.state_dict(keep_vars=True) if adapters is None else trainer.trained
+    wholes: dict[int, torch.Tensor] = {}  # tensors of two names stay one
+    for tensor in named.values():
+        if id(tensor) not in wholes:
+            wholes[id(tensor)] = _whole(tensor, dtype if adapters is None else tensor.dtype)
+    weights = {name: wholes[id(tensor)] for name, tensor in named.items()}
+    if not trainer.world.main:
+        return
     directory = student_files(student.path)
     # The tokenizer's files are copied as they are: loading and saving one again may change how it splits.
     for pattern in (*TOKENIZER_FILES, *(["*.py"] if with_code else [])):
@@ -42,7 +53,34 @@ def write_checkpoint(
                 shutil.copyfile(file, out / file.name)
     if chat_template is not None:
         (out / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    student.model.to(dtype).save_pretrained(out)
+    if adapters is None:
+        student.model.to(dtype).save_pretrained(out, state_dict=weights)  # its config names the model's dtype
+        return
+    prefixed = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+    adapters.save_pretrained(out, state_dict=prefixed, save_embedding_layers=False)
+    if trainer.config.lora.merge:
+        _merge(student.path, out, dtype, trust_remote_code=with_code)
+
+
+def _whole(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A parameter, or the parts of it on all ranks, on the CPU."""
+    tensor = tensor.detach()
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.to("cpu", dtype if whole.is_floating_point() else whole.dtype)
+
+
+def _merge(path: str, out: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> None:
+    """Turn an adapter's directory into a whole model's; merged in float32 and rounded once."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(
+        student_files(path), dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
+    )
+    merged = PeftModel.from_pretrained(base, out).merge_and_unload()
+    for file in out.glob("adapter_*"):
+        file.unlink()
+    merged.to(dtype).save_pretrained(out)
 
 
 def checkpoint_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype:

@@ -1,10 +1,8 @@
 """``lark-fast train``: weighted supervised fine-tuning of a student on a selection."""
 
-import math
 import platform
 import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +11,33 @@ import torch
 import lark_fast
 from lark_fast.errors import UserError
 from lark_fast.files import refuse_overlap
+from lark_fast.flop import matmul_ceiling
 from lark_fast.interrupts import Interrupts
-from lark_fast.progress import Progress, track
 from lark_fast.rendering.renderer import Renderer
 from lark_fast.student import fingerprint, load_student, multiplies_bfloat16, student_files
+from lark_fast.training.card import data_manifest, model_card
 from lark_fast.training.config import TrainConfig, TrainSummary
 from lark_fast.training.data import TrainingSet, load_training_set
+from lark_fast.training.loop import Loop, Timing
 from lark_fast.training.output import checkpoint_dtype, draw_losses, write_checkpoint
+from lark_fast.training.probe import write_probe
 from lark_fast.training.state import RunDirectory
-from lark_fast.training.step import Measured, Trainer
+from lark_fast.training.step import Trainer
+from lark_fast.training.trackers import Trackers
+from lark_fast.training.world import World, started_by_torchrun
 
-# What decides the numbers but for rounding; device, micro_batch and gradient_checkpointing only decide how.
+# What decides the numbers but for rounding; device, micro-batches, packing, recomputation and ranks only decide how.
 IDENTITY = (
-    "epochs", "lr", "global_batch", "warmup_ratio", "weight_decay", "betas", "clip", "loss_norm", "seed",
+    "epochs", "max_steps", "lr", "global_batch", "warmup_ratio", "weight_decay", "betas", "clip", "optimizer",
+    "stochastic_rounding", "loss_norm", "seed", "eval_every", "patience",
 )  # fmt: skip
+LORA_IDENTITY = ("rank", "alpha", "dropout", "targets")
 
 
 def train(config: TrainConfig) -> TrainSummary:
     """Fine-tune a student; called again with the same config, go on where an earlier call was stopped.
+
+    Started by torchrun, all ranks work on one run: parameters, gradients and moments are spread over them.
 
     Returns:
         Counts, losses and timing; ``already_complete`` where there was nothing left to do.
@@ -39,183 +46,145 @@ def train(config: TrainConfig) -> TrainSummary:
         UserError: bad input, a directory that belongs to another run, no memory, a loss or gradient that is not finite.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM; the finished steps are kept.
     """
-    read = {"--student": [student_files(config.student)], "--data": [Path(config.data)]}
-    refuse_overlap(config.out, read | ({"--eval-data": [Path(config.eval_data)]} if config.eval_data else {}))
-    student = load_student(
-        config.student, device=config.device, dtype="float32", trust_remote_code=config.trust_remote_code
-    )
+    with started_by_torchrun(config.device) as (world, device):
+        return _train(config, world, device)
+
+
+def _train(config: TrainConfig, world: World, device: str) -> TrainSummary:
+    files = {"--data": config.data, "--eval-data": config.eval_data, "--probe": config.probe}
+    read = {option: [Path(path)] for option, path in files.items() if path is not None}
+    refuse_overlap(config.out, {"--student": [student_files(config.student)], **read})
+    student = load_student(config.student, device=device, dtype="float32", trust_remote_code=config.trust_remote_code)
     # On an EPYC with avx512_bf16 a step is 1.05 to 1.3 times as fast for students of 1 to 160 M parameters.
     bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and multiplies_bfloat16(student.device))
+    if config.stochastic_rounding and not bfloat16:
+        raise UserError("--stochastic-rounding is for bfloat16, which this device has not; give --dtype bfloat16")
+    if bfloat16 and (config.lora or config.stochastic_rounding):
+        student.model.to(torch.bfloat16)  # not trained, or rounded stochastically: no float32 copy is needed
     options = config.options.fitting(student.max_positions)
     renderer = Renderer(student.tokenizer, options, vocab_size=student.vocab_size, chat_template=config.chat_template)
     data = load_training_set(config.data, renderer)
-    held_out = None if config.eval_data is None else load_training_set(config.eval_data, renderer, weighted=False)
-    if data.truncated:
+    held_out, probe = (
+        None if path is None else load_training_set(path, renderer, weighted=False)
+        for path in (config.eval_data, config.probe)
+    )
+    if data.truncated and world.main:
         cut = f"{data.truncated} of {len(data)} trajectories are cut at {options.max_length} tokens"
         print(f"lark-fast: {cut}", file=sys.stderr)
     identity = {
         "student": fingerprint(config.student),
         "data": data.hash(),
         "eval_data": None if held_out is None else held_out.hash(),
+        "probe": None if probe is None else probe.hash(),
         "template": renderer.template_hash,
         "dtype": "bfloat16" if bfloat16 else "float32",
         **{name: getattr(config, name) for name in IDENTITY},
+        "lora": config.lora and {name: getattr(config.lora, name) for name in LORA_IDENTITY},
         **asdict(options),
     }
-    directory = RunDirectory(config.out, identity, overwrite=config.overwrite)
+    directory = RunDirectory(config.out, identity, overwrite=config.overwrite, world=world)
     if directory.complete:
-        directory.forget_states()
+        if world.main:
+            directory.forget_states()
         return _summary(directory, already_complete=True)
-    trainer = Trainer(student, data, config, bfloat16=bfloat16)
+    if config.packing and student.unpackable and world.main:
+        print(f"lark-fast: trajectories are padded, not packed: {student.unpackable}", file=sys.stderr)
+    trainer = Trainer(student, data, config, bfloat16=bfloat16, world=world)
+    trackers = Trackers(config, identity, directory.steps_kept, silent=not world.main)
     devices = [student.device] if student.device.type == "cuda" else []
     with torch.random.fork_rng(devices), Interrupts() as interrupts:
         try:
-            timing = _run(trainer, held_out, directory, interrupts)
+            _keep_probe(trainer, probe, directory)
+            ceiling = matmul_ceiling(student.device, torch.bfloat16 if bfloat16 else torch.float32)
+            timing = Loop(trainer, held_out, directory, trackers, ceiling=ceiling).run(interrupts)
+            with interrupts.held():
+                return _finish(trainer, probe, directory, timing)
         except torch.OutOfMemoryError as error:
             raise UserError(
-                "the GPU has no memory left: lower --micro-batch, give --gradient-checkpointing, or lower --max-length"
+                "the GPU has no memory left: lower --tokens-per-batch, give --gradient-checkpointing, or lower "
+                "--max-length"
             ) from error
-        with interrupts.held():
-            return _finish(config, trainer, directory, timing)
+        finally:
+            trackers.close()
 
 
-@dataclass(slots=True)
-class _Timing:
-    """Of the steps of this call."""
-
-    resumed_from: int | None
-    tokens: int = 0
-    seconds: float = 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
+def _keep_probe(trainer: Trainer, probe: TrainingSet | None, directory: RunDirectory) -> None:
+    """Measure the probe before the first step, unless a stopped run has."""
+    if probe is not None and directory.probe() is None:
+        if directory.steps_kept:
+            raise UserError(f"--out {directory.path}: the probe's nll from before training is lost; --overwrite")
+        nll = trainer.nll(probe)
+        if trainer.world.main:
+            directory.keep_probe(nll)
+        trainer.world.wait()
 
 
-def _run(trainer: Trainer, held_out: TrainingSet | None, directory: RunDirectory, interrupts: Interrupts) -> _Timing:
-    """All steps that are not done yet."""
-    config = trainer.config
-    timing = _Timing(directory.resume(trainer.model, trainer.optimizer))
-    first = done = saved = timing.resumed_from or 0
-    whole = True  # weights, optimiser and log all stand at `done` steps
-    try:
-        _evaluate(trainer, held_out, directory, done)
-        with track("training", trainer.steps - first) as progress:
-            for step in range(first, trainer.steps):
-                started = time.monotonic()
-                measured = trainer.measure(step)
-                _refuse_what_is_not_finite(measured, step, trainer.data)
-                with interrupts.held():
-                    whole = False
-                    trainer.update(step)
-                    seconds = time.monotonic() - started
-                    timing.tokens += measured.tokens
-                    timing.seconds += seconds
-                    directory.log(_line(trainer, measured, step, seconds))
-                    done, whole = step + 1, True
-                    if config.save_every and done % config.save_every == 0:
-                        directory.save(done, trainer.model, trainer.optimizer)
-                        saved = done
-                _show(progress, done - first, measured, timing)
-                _evaluate(trainer, held_out, directory, done)
-    except (KeyboardInterrupt, torch.OutOfMemoryError):
-        if whole and done > saved:
-            directory.save(done, trainer.model, trainer.optimizer)
-        raise
-    return timing
-
-
-def _line(trainer: Trainer, measured: Measured, step: int, seconds: float) -> dict[str, Any]:
-    """A line of metrics.jsonl; only tokens_per_s differs when a run is repeated."""
-    return {
-        "step": step + 1,
-        "epoch": step // trainer.steps_per_epoch + 1,
-        "loss": measured.loss,
-        "lr": trainer.lr(step),
-        "grad_norm": measured.grad_norm,
-        "tokens": measured.tokens,
-        "tokens_per_s": round(measured.tokens / seconds, 1),
-    }
-
-
-def _evaluate(trainer: Trainer, held_out: TrainingSet | None, directory: RunDirectory, done: int) -> None:
-    """Log the held-out loss before the first step and after each epoch, unless a stopped run has logged it."""
-    if held_out is None or done % trainer.steps_per_epoch:
-        return
-    metrics = directory.metrics()
-    if metrics and "eval_loss" in metrics[-1]:
-        return
-    loss = trainer.evaluate(held_out)
-    if not math.isfinite(loss):
-        raise UserError(f"after step {done} the held-out loss is {loss}; lower --lr or look at --eval-data")
-    directory.log({"step": done, "epoch": done // trainer.steps_per_epoch, "eval_loss": loss})
-
-
-def _refuse_what_is_not_finite(measured: Measured, step: int, data: TrainingSet) -> None:
-    if not (math.isfinite(measured.loss) and math.isfinite(measured.grad_norm)):
-        raise UserError(
-            f"step {step + 1}: the loss is {measured.loss:.6g}, the gradient norm {measured.grad_norm:.6g}; training "
-            f"stops before it. Lower --lr, or look at the rows of this batch: {data.where(measured.rows)}"
-        )
-
-
-def _show(progress: Progress, done: int, measured: Measured, timing: _Timing) -> None:
-    progress.update(done, f"loss {measured.loss:.4f}, {timing.tokens_per_second:,.0f} tokens/s")
-
-
-def _finish(config: TrainConfig, trainer: Trainer, directory: RunDirectory, timing: _Timing) -> TrainSummary:
-    """Checkpoint, picture and manifest, in this order: the manifest says that the others are there."""
+def _finish(trainer: Trainer, probe: TrainingSet | None, directory: RunDirectory, timing: Timing) -> TrainSummary:
+    """Checkpoint, picture, card and manifest, in this order: the manifest says that the others are there."""
     import transformers
 
-    data, metrics = trainer.data, directory.metrics()
-    dtype = checkpoint_dtype(config.student, trust_remote_code=config.trust_remote_code)
-    with directory.checkpoint() as files:
-        write_checkpoint(
-            trainer.student,
-            files,
-            dtype=dtype,
-            chat_template=config.chat_template,
-            with_code=config.trust_remote_code,
-        )
-        draw_losses(metrics, files / "loss.png")
+    config, data, world = trainer.config, trainer.data, trainer.world
+    metrics = directory.metrics()
     losses = [line["loss"] for line in metrics if "loss" in line]
-    directory.write_manifest(
-        complete=True,
-        config=asdict(config),
-        counts={
+    steps = max(line["step"] for line in metrics)
+    best_step = None if config.patience is None else directory.load_best(trainer.trained)
+    before, after = (None, None) if probe is None else (directory.probe(), trainer.nll(probe))
+    facts = {
+        "config": asdict(config),
+        "counts": {
             "trajectories": len(data),
             "dropped": data.dropped,
             "truncated": data.truncated,
             "input_tokens": len(data.ids),
             "scored_tokens": int(data.n_scored.sum()),
-            "steps": trainer.steps,
+            "steps": steps,
         },
-        losses={
+        "losses": {
             "first": losses[0],
             "last": losses[-1],
             "held_out": [line["eval_loss"] for line in metrics if "eval_loss" in line],
         },
-        timing={
+        "best_step": best_step,
+        "timing": {
             "resumed_from": timing.resumed_from,
             "seconds": round(timing.seconds, 3),
             "tokens_per_second": round(timing.tokens_per_second, 1),
         },
-        versions={
+        "versions": {
             "lark_fast": lark_fast.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        device=str(trainer.student.device),
-        files=directory.manifest["files"],
-    )
-    directory.forget_states()
-    return _summary(directory)
+        "device": str(trainer.student.device),
+        "ranks": world.size,
+        "probe": "",
+    }
+    dtype = checkpoint_dtype(config.student, trust_remote_code=config.trust_remote_code)
+    with directory.checkpoint() as files:
+        write_checkpoint(
+            trainer, files, dtype=dtype, chat_template=config.chat_template, with_code=config.trust_remote_code
+        )
+        if world.main:
+            draw_losses(metrics, files / "loss.png")
+            if probe is not None:
+                facts["probe"] = write_probe(files, probe, before, after, best_step or steps)
+            adapter = config.lora is not None and not config.lora.merge
+            card = model_card(facts | {"identity": directory.identity}, data_manifest(config.data), adapter=adapter)
+            (files / "README.md").write_text(card, encoding="utf-8")
+    if world.main:
+        directory.write_manifest(complete=True, **facts, files=directory.manifest["files"])
+        directory.forget_states()
+    world.wait()
+    return _summary(directory, facts | {"identity": directory.identity})
 
 
-def _summary(directory: RunDirectory, *, already_complete: bool = False) -> TrainSummary:
+def _summary(
+    directory: RunDirectory, manifest: dict[str, Any] | None = None, *, already_complete: bool = False
+) -> TrainSummary:
     """What the manifest of a complete run says."""
-    counts, losses, timing = (directory.manifest[name] for name in ("counts", "losses", "timing"))
+    manifest = manifest or directory.manifest
+    counts, losses, timing = (manifest[name] for name in ("counts", "losses", "timing"))
     return TrainSummary(
         out=str(directory.path),
         trajectories=counts["trajectories"],
@@ -225,6 +194,8 @@ def _summary(directory: RunDirectory, *, already_complete: bool = False) -> Trai
         first_loss=losses["first"],
         last_loss=losses["last"],
         eval_losses=tuple(losses["held_out"]),
+        best_step=manifest["best_step"],
+        probe=manifest["probe"],
         already_complete=already_complete,
         **timing,
     )

@@ -3,7 +3,11 @@
     manifest.json        identity of the run; "complete" once the checkpoint is there
     metrics.jsonl        a line a step and a line a held-out loss
     resume-000123/       weights, optimiser and place in metrics.jsonl after 123 steps; only the newest is kept
+    best-000100/         weights of the best held-out loss, where the run is to stop by it
     checkpoint.tmp/      what the run leaves, until all of it is there
+
+Of several ranks each writes and reads its own part of the tensors (``weights-0-of-2.safetensors``), and rank 0 all
+else. A state may be read by another number of ranks.
 
 A resume state is written under a temporary name, flushed and renamed, so at any moment the newest one is whole.
 """
@@ -11,20 +15,25 @@ A resume state is written under a temporary name, flushed and renamed, so at any
 import json
 import os
 import shutil
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lark_fast.errors import UserError
-from lark_fast.files import TEMPORARY_SUFFIX, fsync_directory, write_json
+from lark_fast.files import TEMPORARY_SUFFIX, atomic_path, fsync_directory, write_json
+from lark_fast.training.world import ALONE, World
 
 MANIFEST, METRICS, CHECKPOINT = "manifest.json", "metrics.jsonl", "checkpoint"
+PROBE = "probe-before.safetensors"
+TRACKED = ("tensorboard", "wandb")  # directories of trackers
+CONFIGS = ("config.json", "adapter_config.json")
 
 
 class RunDirectory:
@@ -34,29 +43,41 @@ class RunDirectory:
         directory: made when it does not exist.
         identity: everything that decides the numbers. A directory begun with another identity is refused.
         overwrite: throw away the run that is there.
+        world: the ranks of the run; rank 0 makes the directory.
 
     Raises:
         UserError: another run's directory, or something that is no training directory; as every method does, where the
             disk is full or cannot be written to.
     """
 
-    def __init__(self, directory: str | Path, identity: dict[str, Any], *, overwrite: bool = False) -> None:
-        self.path = Path(directory)
+    def __init__(
+        self, directory: str | Path, identity: dict[str, Any], *, overwrite: bool = False, world: World = ALONE
+    ) -> None:
+        self.path, self.world = Path(directory), world
         self.identity = json.loads(json.dumps(identity))
-        with self._writing():
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.manifest = self._read_manifest()
-            self._remove_leftovers()
-            if self.manifest is not None and overwrite:
-                self._clear()
-            if self.manifest is None:
-                self.write_manifest(complete=False)
+        if world.main:
+            with self._writing():
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.manifest = self._read_manifest()
+                self._remove_leftovers()
+                if self.manifest is not None and overwrite:
+                    self._clear()
+                if self.manifest is None:
+                    self.write_manifest(complete=False)
+        world.wait()
+        self.manifest = self._read_manifest()
         self._refuse_another_identity()
 
     @property
     def complete(self) -> bool:
         """The run has ended and its checkpoint is there."""
         return self.manifest["complete"]
+
+    @property
+    def steps_kept(self) -> int:
+        """Steps after which a stopped run is to go on; 0 where it begins anew."""
+        states = self._states("resume")
+        return int(states[-1].name.removeprefix("resume-")) if states else 0
 
     def write_manifest(self, *, complete: bool, **facts: Any) -> None:
         """Write manifest.json; ``facts`` are config, counts, versions, timing, files."""
@@ -74,34 +95,37 @@ class RunDirectory:
         with self._writing(), open(self.path / METRICS, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(line, allow_nan=False) + "\n")
 
-    def save(self, steps: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def save(self, steps: int, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
         """Keep what it takes to go on after ``steps`` steps; older states are removed once this one is whole."""
-        older = self._states()
-        final = self.path / f"resume-{steps:06d}"
-        if final in older:
+        if self._name("resume", steps) in self._states("resume"):
             return
-        weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
         moments = {
-            f"{number}.{name}": tensor.contiguous()
+            f"{number}.{name}": tensor
             for number, state in optimizer.state_dict()["state"].items()
             for name, tensor in state.items()
+            if isinstance(tensor, Tensor)
         }
-        with self._writing():
-            temporary = self._new_directory(final.name)
-            save_file(weights, temporary / "weights.safetensors")
-            save_file(moments, temporary / "optimizer.safetensors")
-            metrics = self.path / METRICS
-            write_json(temporary / "state.json", {"steps": steps, "metrics_bytes": metrics.stat().st_size})
-            for file in [metrics, *temporary.iterdir()]:
-                _flush(file)
-            fsync_directory(temporary)
-            os.replace(temporary, final)
-            fsync_directory(self.path)
-            for state in older:
-                _remove(state)
+        # bitsandbytes counts its steps in a plain number.
+        counts = {str(n): v["step"] for n, v in optimizer.state_dict()["state"].items() if isinstance(v["step"], int)}
+        facts = {"steps": steps, "metrics_bytes": 0, "counts": counts}
+        if self.world.main:
+            facts["metrics_bytes"] = (self.path / METRICS).stat().st_size
+            with self._writing():
+                _flush(self.path / METRICS)
+        self._save("resume", steps, {"weights": trained, "optimizer": moments}, facts)
 
-    def resume(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int | None:
-        """Load the newest state into model and optimiser, cut metrics.jsonl back to it.
+    def save_best(self, steps: int, trained: Mapping[str, Tensor]) -> None:
+        """Keep the weights after ``steps`` steps in place of the best so far."""
+        self._save("best", steps, {"weights": trained}, {"steps": steps})
+
+    def load_best(self, trained: Mapping[str, Tensor]) -> int:
+        """Load the best weights; the steps they were best after."""
+        best = self._states("best")[-1]
+        _load(best, "weights", trained, self.world)
+        return json.loads((best / "state.json").read_text(encoding="utf-8"))["steps"]
+
+    def resume(self, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> int | None:
+        """Load the newest state into what is trained and the optimiser, cut metrics.jsonl back to it.
 
         Returns:
             The steps that are done, or None where there is no state: metrics.jsonl is empty then.
@@ -109,39 +133,41 @@ class RunDirectory:
         Raises:
             UserError: metrics.jsonl has lost lines.
         """
-        metrics = self.path / METRICS
-        states = self._states()
+        metrics, states = self.path / METRICS, self._states("resume")
+        self.world.wait()  # until all have looked
         if not states:
-            with self._writing():
-                metrics.write_bytes(b"")
+            if self.world.main:
+                with self._writing():
+                    metrics.write_bytes(b"")
+            self.world.wait()
             return None
         state = json.loads((states[-1] / "state.json").read_text(encoding="utf-8"))
         if not metrics.exists() or metrics.stat().st_size < state["metrics_bytes"]:
             raise UserError(f"{metrics}: lines are missing, the run cannot go on; start anew with --overwrite")
-        with self._writing():
-            os.truncate(metrics, state["metrics_bytes"])
-        weights = load_file(states[-1] / "weights.safetensors")
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(weights[name])
-        moments: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
-        for key, tensor in load_file(states[-1] / "optimizer.safetensors").items():
-            number, name = key.split(".")
-            moments[int(number)][name] = tensor
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(moments)})
+        self.world.wait()
+        if self.world.main:
+            with self._writing():
+                os.truncate(metrics, state["metrics_bytes"])
+        _load(states[-1], "weights", trained, self.world)
+        _load_moments(states[-1], optimizer, state["counts"], self.world)
+        self.world.wait()
         return state["steps"]
 
     @contextmanager
     def checkpoint(self) -> Iterator[Path]:
         """Yield an empty directory; on a clean exit the files in it become the run's, and replace files of their names.
 
-        The manifest names them before the first one moves, and config.json, without which nothing loads the others,
+        Of several ranks all take part, and rank 0 alone gets a directory.
+
+        The manifest names them before the first one moves, and the config, without which nothing loads the others,
         moves last: a run that dies in between leaves nothing that looks complete, and --overwrite finds all of it.
         """
         with self._writing():
-            temporary = self._new_directory(CHECKPOINT)
+            temporary = self._new_directory(CHECKPOINT) if self.world.main else self.path
             yield temporary
-            files = sorted(temporary.iterdir(), key=lambda file: (file.name == "config.json", file.name))
+            if not self.world.main:
+                return
+            files = sorted(temporary.iterdir(), key=lambda file: (file.name in CONFIGS, file.name))
             self.write_manifest(complete=False, files=[file.name for file in files])
             for file in files:
                 _flush(file)
@@ -150,14 +176,52 @@ class RunDirectory:
             fsync_directory(self.path)
 
     def forget_states(self) -> None:
-        """Remove all resume states."""
-        for state in self._states():
+        """Remove all resume states, and what the run kept beside them."""
+        for state in [*self._states("resume"), *self._states("best")]:
             _remove(state)
+        (self.path / PROBE).unlink(missing_ok=True)
 
-    def _states(self) -> list[Path]:
-        """Whole resume states, oldest first."""
-        found = [path for path in self.path.glob("resume-*") if path.name.removeprefix("resume-").isdecimal()]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("resume-")))
+    def keep_probe(self, nll: Tensor) -> None:
+        """Keep the probe's nll from before training."""
+        with self._writing(), atomic_path(self.path / PROBE) as temporary:
+            save_file({"nll": nll}, temporary)
+
+    def probe(self) -> Tensor | None:
+        """What ``keep_probe`` kept."""
+        return load_file(self.path / PROBE)["nll"] if (self.path / PROBE).exists() else None
+
+    def _name(self, kind: str, steps: int) -> Path:
+        return self.path / f"{kind}-{steps:06d}"
+
+    def _states(self, kind: str) -> list[Path]:
+        """Whole states, oldest first."""
+        found = [path for path in self.path.glob(f"{kind}-*") if path.name.removeprefix(f"{kind}-").isdecimal()]
+        return sorted(found, key=lambda path: int(path.name.removeprefix(f"{kind}-")))
+
+    def _save(self, kind: str, steps: int, parts: Mapping[str, Mapping[str, Tensor]], facts: dict[str, Any]) -> None:
+        """Write a state, every rank its own part of the tensors; older ones of the kind go once it is whole."""
+        final, older = self._name(kind, steps), self._states(kind)
+        temporary = final.with_name(final.name + TEMPORARY_SUFFIX)
+        with self._writing():
+            if self.world.main:
+                self._new_directory(final.name)
+            self.world.wait()
+            for part, tensors in parts.items():
+                file = temporary / f"{part}{_of_rank(self.world.rank, self.world.size)}.safetensors"
+                save_file({name: _local(tensor).detach().contiguous() for name, tensor in tensors.items()}, file)
+                _flush(file)
+            self.world.wait()
+            if self.world.main:
+                write_json(temporary / "state.json", facts | {"ranks": self.world.size})
+                fsync_directory(temporary)
+                if final in older:
+                    _remove(final)
+                os.replace(temporary, final)
+                fsync_directory(self.path)
+                for state in older:
+                    if state != final:
+                        _remove(state)
+            self.world.wait()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -177,7 +241,7 @@ class RunDirectory:
 
     def _remove_leftovers(self) -> None:
         """What a killed process left under temporary names."""
-        for name in (MANIFEST, CHECKPOINT, "resume-*"):
+        for name in (MANIFEST, CHECKPOINT, PROBE, "resume-*", "best-*"):
             for path in self.path.glob(name + TEMPORARY_SUFFIX):
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -216,6 +280,8 @@ class RunDirectory:
         self.forget_states()
         for name in [*self.manifest.get("files", []), METRICS]:
             (self.path / Path(name).name).unlink(missing_ok=True)
+        for name in TRACKED:
+            shutil.rmtree(self.path / name, ignore_errors=True)
         self.manifest = None
 
 
@@ -230,3 +296,53 @@ def _flush(file: Path) -> None:
     """Make a file's content survive a power cut."""
     with open(file, "rb") as stream:
         os.fsync(stream.fileno())
+
+
+def _of_rank(rank: int, size: int) -> str:
+    return "" if size == 1 else f"-{rank}-of-{size}"
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _load_moments(state: Path, optimizer: torch.optim.Optimizer, counts: dict[str, int], world: World) -> None:
+    """An optimiser makes its moments in its first step: let it, with a rate of 0, then fill them in."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    inner = optimizer.state_dict()["state"]
+    tensors = {f"{n}.{k}": v for n, s in inner.items() for k, v in s.items() if isinstance(v, Tensor)}
+    _load(state, "optimizer", tensors, world)
+    for number, count in counts.items():
+        inner[int(number)]["step"] = count
+
+
+@torch.no_grad()
+def _load(state: Path, part: str, tensors: Mapping[str, Tensor], world: World) -> None:
+    """Fill tensors, or this rank's parts of them, from a state that any number of ranks has written."""
+    ranks = json.loads((state / "state.json").read_text(encoding="utf-8"))["ranks"]
+    same = ranks == world.size
+    read = [world.rank] if same else range(ranks)
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(safe_open(state / f"{part}{_of_rank(rank, ranks)}.safetensors", "pt")) for rank in read
+        ]
+        for name, tensor in tensors.items():
+            pieces = [file.get_tensor(name) for file in files]
+            if same or pieces[0].ndim == 0:
+                _local(tensor).copy_(pieces[0])
+                continue
+            # Parts follow one another along the first axis; of one process there is one.
+            whole = torch.cat(pieces)
+            if isinstance(tensor, DTensor):
+                first = sum(len(piece) for piece in whole.chunk(world.size)[: world.rank])
+                whole = whole[first : first + len(_local(tensor))]
+            _local(tensor).copy_(whole)

@@ -1,0 +1,122 @@
+"""The student made ready for training: adapters, recomputation, shards; and its weighted loss as one module."""
+
+from contextlib import AbstractContextManager, ExitStack
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lark_fast.batch import Inputs
+from lark_fast.errors import UserError
+from lark_fast.kernels.linear_cross_entropy import linear_cross_entropy
+from lark_fast.kernels.token_stats import token_stats
+from lark_fast.student import Student
+from lark_fast.training.config import LoraOptions, TrainConfig
+from lark_fast.training.world import World
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class WeightedLoss(nn.Module):
+    """The objective of a micro-batch; everything that reads the student's parameters happens in its forward pass.
+
+    So it can be the root of a sharded model: inside, and only there, parameters are whole.
+    """
+
+    def __init__(self, student: Student, *, bfloat16: bool, packed: bool, compiled: bool) -> None:
+        super().__init__()
+        self.model = student.model
+        self.student, self.bfloat16, self.packed, self.compiled = student, bfloat16, packed, compiled
+
+    def running(self) -> AbstractContextManager[None]:
+        """Inside the block forward and backward passes run in packs, compiled where asked."""
+        stack = ExitStack()
+        if self.packed:
+            stack.enter_context(self.student.packing())
+        if self.compiled:
+            stack.enter_context(self.student.compiled())
+        return stack
+
+    def forward(self, inputs: Inputs, token_weights: Tensor | None = None) -> Tensor:
+        """Sum over the scored tokens of weight x nll: a scalar; without weights each one's nll ``[N]``, no gradient.
+
+        Args:
+            inputs: N scored tokens.
+            token_weights: ``[N]`` float32.
+        """
+        student, device = self.student, inputs.ids.device
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
+            hidden = student.hidden(inputs.ids, inputs.pack, inputs.places).flatten(0, 1)
+        head = student.head
+        # On a CPU the head multiplies in float32 whatever it is given: there, rounding would only cost digits.
+        operand = torch.bfloat16 if self.bfloat16 and device.type != "cpu" else head.weight.dtype
+        options = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
+        if token_weights is None:
+            own = (hidden.to(operand), head.weight.to(operand), inputs.targets)
+            return token_stats(*own, rows=inputs.rows, statistics=(), **options).nll
+        hidden = hidden.index_select(0, inputs.rows).to(operand)
+        return linear_cross_entropy(hidden, head.weight.to(operand), inputs.targets, token_weights, **options)
+
+
+def prepare(student: Student, config: TrainConfig, world: World, *, bfloat16: bool) -> "tuple[WeightedLoss, object]":
+    """Adapters, recomputation and shards on the student's model, in place.
+
+    Returns:
+        The loss, and with adapters the ``PeftModel`` that writes them, else None.
+
+    Raises:
+        UserError: peft is missing, or knows no such modules.
+    """
+    packed = config.packing and student.unpackable is None
+    adapters = None if config.lora is None else _add_adapters(student, config.lora)
+    if adapters is None:
+        student.model.requires_grad_(True)
+    if config.gradient_checkpointing:
+        # Later releases of Transformers give the same switch another name.
+        new = getattr(student.model, "activation_checkpointing_enable", None)
+        (new or student.model.gradient_checkpointing_enable)({"use_reentrant": False})
+    if config.stochastic_rounding:
+        for parameter in student.model.parameters():
+            parameter.grad_dtype = torch.float32  # sums over micro-batches keep their digits
+    # Sharded parameters are cast as they are gathered, so there autocast has nothing to do.
+    autocast = bfloat16 and world.size == 1 and not config.stochastic_rounding
+    loss = WeightedLoss(student, bfloat16=autocast, packed=packed, compiled=config.compile)
+    if world.size > 1:
+        _shard(loss, student, bfloat16=bfloat16)
+    return loss, adapters
+
+
+def _add_adapters(student: Student, options: LoraOptions) -> "PeftModel":
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError("--lora needs peft: pip install 'lark-fast[lora]'") from error
+    targets = options.targets[0] if options.targets == ("all-linear",) else list(options.targets)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=targets,
+        base_model_name_or_path=student.path,
+    )
+    try:
+        return get_peft_model(student.model, config)  # the layers in the model itself become adapted ones
+    except ValueError as error:
+        raise UserError(f"--lora-target {' '.join(options.targets)}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _shard(loss: WeightedLoss, student: Student, *, bfloat16: bool) -> None:
+    """Spread parameters, gradients and moments over the ranks, a layer at a time and the rest together (FSDP2)."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(student.device.type, (torch.distributed.get_world_size(),))
+    # Token weights are no activations: they stay float32.
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for layer in student.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(loss, mesh=mesh, mp_policy=policy)
