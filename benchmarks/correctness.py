@@ -10,10 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks import head, trajectories
+from benchmarks import head, loss, trajectories
 from benchmarks.accuracy import judge
 from benchmarks.comparison import DEVICE
 from lark_fast.kernels.dispatch import has_triton
+from lark_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from lark_fast.kernels.softmax_sums import STATISTICS, TokenStats
 from lark_fast.kernels.token_stats import (
     IGNORE_INDEX,
@@ -80,6 +81,7 @@ def cases(seed: int, tiny: bool = False) -> Iterator[Case]:
         for dtype in dtypes:
             for kind in kinds:
                 yield from _head_cases(*shape, dtype, kind, g)
+                yield from _loss_cases(*shape, dtype, kind, g)
     for impl in kernel_forms():
         yield _trajectory_case(impl, seed)
 
@@ -148,6 +150,47 @@ def _head_cases(T: int, D: int, V: int, dtype: torch.dtype, kind: str, g: torch.
                 yield Case(name=f"{workload}/{impl}", run=run, **base)
     for impl in kernel_forms():
         yield Case(name=f"{head.FROM_LOGITS}/{impl}", run=partial(run_from_logits, impl), **base)
+
+
+def _loss_cases(T: int, D: int, V: int, dtype: torch.dtype, kind: str, g: torch.Generator) -> Iterator[Case]:
+    hidden, weight, labels = head.inputs(T, D, V, dtype, g, "flat" if kind == "flat" else "peaky")
+    token_weights = torch.rand(T, generator=g, device=DEVICE)
+    broken, bias, options = torch.zeros(T, dtype=torch.bool, device=DEVICE), (), {}
+    if kind == "broken":
+        broken[[0, 6, T // 2]] = True
+        hidden[0, 0], hidden[6, D - 1], hidden[T // 2] = math.nan, math.inf, -math.inf
+        token_weights[broken] = 1.0
+    counts = ~broken
+    if kind == "transformed":
+        bias, options = (torch.randn(V, generator=g, device=DEVICE).to(dtype),), {"softcap": 30.0, "logit_scale": 0.5}
+        labels[2::7], token_weights[3::11] = IGNORE_INDEX, 0.0
+        counts = (labels != IGNORE_INDEX) & (token_weights != 0)
+    operands = hidden[counts], labels[counts], token_weights[counts], weight, *bias
+    exact, eager = loss.truth(*operands, **options), loss.eager_gradients(*operands, **options)
+    largest, confident = loss.about_logits(hidden[counts], weight, labels[counts], *bias, **options)
+
+    def run(impl: str) -> list[dict]:
+        def weighted(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            return linear_cross_entropy(hidden, weight, labels, token_weights, bias=bias, impl=impl, **options)
+
+        total, of_hidden, *of_others = loss.with_gradients(weighted, hidden, weight, *bias)
+        outside = of_hidden[~counts]
+        blank = outside.isnan() if kind == "broken" else outside == 0
+        out = (total, of_hidden[counts], *of_others)
+        if kind != "broken":
+            entries = loss.judge(out, exact, eager, largest, confident, dtype)
+        else:  # of the loss and the other gradients, NaN is the truth
+            [_, entry, *_] = loss.judge((exact[0], *out[1:2]), exact, eager, largest, confident, dtype)
+            entries = [entry]
+            blank = blank & total.isnan() & of_others[0].isnan().all()
+        if not blank.all():
+            problem = "a number on a row that does not count or is broken"
+            entries = [entry | {"ok": False, "problem": problem} for entry in entries]
+        return entries
+
+    base = {"shape": f"T={T} D={D} V={V}", "dtype": dtype, "operands": kind}
+    for impl in head_forms():
+        yield Case(name=f"{loss.NAME}/{impl}", run=partial(run, impl), **base)
 
 
 def _trajectory_case(impl: str, seed: int) -> Case:

@@ -30,7 +30,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # poisoned outputs 
 
 import torch
 
-from benchmarks import baselines, correctness, head, passes, timing, trajectories
+from benchmarks import baselines, correctness, head, loss, passes, timing, trajectories
 from benchmarks.comparison import DEVICE, Workload, missing_peers, note_missing
 from benchmarks.fingerprint import fingerprints
 
@@ -143,8 +143,10 @@ def _correctness(record: dict, options: argparse.Namespace) -> set[str]:
 def _steps(tiny: bool) -> Iterator[Step]:
     """Workloads to time, each made when its turn comes."""
     shapes, logits_shapes, n = head.SHAPES, head.LOGITS_SHAPES, trajectories.TRAJECTORIES
+    loss_shapes = loss.SHAPES
     if tiny:
         shapes, logits_shapes, n = [(33, 48, 257, torch.float32)], [(33, 257, torch.float32)], 50
+        loss_shapes = shapes
     for shape in shapes:
         yield head.ALL, partial(head.head, *shape)
     shapes = shapes if DEVICE.type == "cuda" else shapes[:2]  # one of each dtype has to do on a CPU
@@ -156,6 +158,8 @@ def _steps(tiny: bool) -> Iterator[Step]:
         yield head.ROWS, partial(head.scored_rows, *shape)
     for shape in logits_shapes:
         yield head.FROM_LOGITS, partial(head.from_logits, *shape)
+    for shape in loss_shapes:
+        yield loss.NAME, partial(loss.workload, *shape)
     yield trajectories.NAME, partial(trajectories.reduction, n)
     for case in [passes.TINY] if tiny else passes.PASSES:
         yield passes.NAME, case.build

@@ -21,6 +21,7 @@ Three forms give the same numbers (dispatch.py picks one):
 The first two are in linear_cross_entropy_triton.py. Without a gradient to make, the loss is token_stats's nll.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,7 @@ CPU_LOGITS = 1 << 22
 GPU_LOGITS, GPU_FROZEN_LOGITS = 1 << 28, 1 << 26  # 1 GiB and 256 MiB of float32
 CPU_MIN_ROWS, GPU_MIN_ROWS = 256, 1024  # fewer starve the products, however large the vocabulary
 ROW_STEP = 128  # of a GPU's products
+LOG2_E = math.log2(math.e)
 NLL = Wanted(brier=False, entropy=False, rank=False)
 
 # (hidden [R, D], head, labels [R], row_scale [R]) -> nll [R] and the error d loss / d x [R, V], row_scale being
@@ -129,7 +131,8 @@ def _torch_error(hidden: Tensor, head: Head, labels: Tensor, row_scale: Tensor) 
     m = z.amax(1, keepdim=True)
     x = z.gather(1, label) - m
     a = x.exp()
-    z.sub_(m).exp_().scatter_(1, label, 0.0)
+    # On a CPU, torch's exp takes twice the time of its exp2, and ten times where the result underflows.
+    z.sub_(m).mul_(LOG2_E).exp2_().scatter_(1, label, 0.0)
     others = z.sum(1, keepdim=True)
     total = others + a
     nll = torch.where(others < a, (others / a).log1p(), total.log() - x)
