@@ -13,7 +13,7 @@ pytest.importorskip("trl")
 
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from lark_fast.trainers import HeadLoss, WeightedSFTTrainer, use_linear_cross_entropy
@@ -118,7 +118,8 @@ def test_no_trajectory_of_a_row_sees_another(layout, attention, tmp_path):
         batch = trainer.data_collator.collator(rows)
         with own[0], torch.no_grad():
             nll = model(**batch, per_token=True).token_stats.nll
-        bounds = batch["cu_seq_lens_q"].tolist()
+        places = batch["position_ids"][0]
+        bounds = [*(places == 0).nonzero().flatten().tolist(), len(places)]
         return [nll[a : b - 1] for a, b in pairwise(bounds)]  # b - 1 predicts the next one's first
 
     rows = [dict(row) for row in trainer.train_dataset]
@@ -138,6 +139,10 @@ def test_a_model_that_lets_them_see_each_other_is_refused(tmp_path):
         sft(tmp_path, ROWS, model=tiny_decoder("bloom", VOCAB), layout="padding_free")
     with pytest.raises(ValueError, match="see each other in Lfm2ForCausalLM"):
         hf(tmp_path, ROWS, model=tiny_decoder("lfm2", VOCAB), padding_free=True)
+    with pytest.raises(ValueError, match="see each other in MambaForCausalLM"):
+        hf(tmp_path, ROWS, model=tiny_decoder("mamba", VOCAB), data_collator=DataCollatorWithFlattening())
+    for name in ("llama", "qwen3_moe"):  # and one that does not is not, however coarse its numbers
+        sft(tmp_path, ROWS, model=tiny_decoder(name, VOCAB).bfloat16(), layout="padding_free")
 
 
 def test_conversations_as_selection_writes_them(tmp_path):

@@ -35,7 +35,7 @@ class WeightedSFTTrainer(WeightedLoss, SFTTrainer):
         self.loss_norm = loss_norm
         self._trained_on_is_next = True
         super().__init__(*args, **kwargs)
-        if self._skip_prepare_dataset:
+        if FACTORS not in self.train_dataset.column_names:
             raise ValueError("skip_prepare_dataset leaves the weights out; rows with input_ids are not tokenised again")
         self._start_weighing()
 
