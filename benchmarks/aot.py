@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from lark_fast.kernels import (
     dispatch,
+    linear_cross_entropy_triton,
     logits_triton,
     softmax_sums_triton,
     token_stats_triton,
@@ -49,6 +50,9 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 T, V = 8192, 152064
 ALL, CHEAP = Wanted(), Wanted(brier=True, entropy=False, rank=False)
+NLL = linear_cross_entropy_triton.NLL
+EVERYTHING = ("bias", "softcap", "logit_scale")
+LOSS_WORDS = 4096  # whose errors the fused loss makes at a time
 
 
 class AbsentGPU(DriverBase):
@@ -112,20 +116,27 @@ def launches(arch: str) -> Iterator[Launch]:
         yield fused(config, torch.bfloat16, 896, CHEAP, True, ())
         yield fused(config, torch.float16, 3584, ALL, True, ())
         yield fused_label(config, torch.bfloat16, 3584)
+        yield fused(config, torch.bfloat16, 3584, NLL, False, ())
+        yield errors(config, torch.bfloat16, 3584, ())
     yield fused(dispatch.CONFIGS[arch][0], torch.bfloat16, 896, ALL, True, ())  # the scorer's own
-    for extras in (("bias",), ("softcap",), ("logit_scale",), ("bias", "softcap", "logit_scale")):
+    for extras in (("bias",), ("softcap",), ("logit_scale",), EVERYTHING):
         yield fused(dispatch.FINISHING_CONFIGS[arch], torch.bfloat16, 3584, ALL, True, extras)
+        yield errors(dispatch.FINISHING_CONFIGS[arch], torch.bfloat16, 2048, extras)
+    yield fused(dispatch.FINISHING_CONFIGS[arch], torch.bfloat16, 3584, NLL, False, EVERYTHING)
     for dtype in (torch.float32, torch.bfloat16):
-        yield fused(dispatch.PLAIN_CONFIG, dtype, 1001, ALL, True, ("bias", "softcap", "logit_scale"))
+        yield fused(dispatch.PLAIN_CONFIG, dtype, 1001, ALL, True, EVERYTHING)
         yield fused_label(dispatch.PLAIN_CONFIG, dtype, 1001)
-    for wanted in (ALL, CHEAP):
+        yield errors(dispatch.PLAIN_CONFIG, dtype, 1001, EVERYTHING)
+        for extras in ((), EVERYTHING):
+            yield from (errors_of_logits(dtype, words, extras) for words in (V, 50257))
+    for wanted in (ALL, CHEAP, NLL):
         yield Launch(
             "finish", f"{wanted}", lambda wanted=wanted: softmax_sums_triton.finish(empty(33, 5, T), empty(T), wanted)
         )
         for dtype in (torch.float32, torch.bfloat16):
             # 50257 is no multiple of 16: its rows cannot be read in wide loads.
             yield from (from_logits(dtype, words, wanted) for words in (V, 50257))
-    yield from (unfinished(chunked) for chunked in (True, False))
+    yield from (unfinished(chunked, wanted) for chunked in (True, False) for wanted in (ALL, NLL))
     for dtype in (torch.float32, torch.bfloat16):
         yield from (top_k(dtype, words, 50, False) for words in (V, 50257))
     yield top_k(torch.float32, V, 50, True)
@@ -136,7 +147,6 @@ def launches(arch: str) -> Iterator[Launch]:
 def fused(
     config: HeadConfig, dtype: torch.dtype, D: int, wanted: Wanted, rows: bool, extras: tuple[str, ...]
 ) -> Launch:
-    step_bytes = (config.rows + config.words) * config.inner * dtype.itemsize
     return Launch(
         "partial_sums",
         f"{config} {dtype} D={D} {wanted} rows={rows} {extras}",
@@ -145,7 +155,7 @@ def fused(
             config,
         ),
         dtype in dispatch.HALF,
-        0 if config is dispatch.PLAIN_CONFIG else (config.num_stages - 1) * step_bytes,
+        0 if config is dispatch.PLAIN_CONFIG else (config.num_stages - 1) * step_bytes(config, dtype),
     )  # fmt: skip
 
 
@@ -158,6 +168,36 @@ def fused_label(config: HeadConfig, dtype: torch.dtype, D: int) -> Launch:
     )
 
 
+def errors(config: HeadConfig, dtype: torch.dtype, D: int, extras: tuple[str, ...]) -> Launch:
+    """A chunk of the loss's errors, from logits made anew."""
+    return Launch(
+        "loss_errors",
+        f"{config} {dtype} D={D} {extras}",
+        lambda: linear_cross_entropy_triton.write_errors(
+            empty(T, LOSS_WORDS, dtype=dtype), empty(T, D, dtype=dtype), head(dtype, D, extras), whole(T), empty(3, T),
+            LOSS_WORDS, config,
+        ),
+        dtype in dispatch.HALF,
+        0 if config is dispatch.PLAIN_CONFIG else (config.num_stages - 1) * step_bytes(config, dtype),
+    )  # fmt: skip
+
+
+def errors_of_logits(dtype: torch.dtype, words: int, extras: tuple[str, ...]) -> Launch:
+    """The loss's errors in the memory of float32 logits; ``dtype`` is the operands'."""
+    return Launch(
+        "loss_errors_of_logits",
+        f"{dtype} V={words} {extras}",
+        lambda: linear_cross_entropy_triton.errors_of_logits(
+            empty(T, words), head(dtype, 64, extras, words), whole(T), empty(3, T)
+        ),
+    )
+
+
+def step_bytes(config: HeadConfig, dtype: torch.dtype) -> int:
+    """Of the operands of one step of a tile's product."""
+    return (config.rows + config.words) * config.inner * dtype.itemsize
+
+
 def from_logits(dtype: torch.dtype, words: int, wanted: Wanted) -> Launch:
     return Launch(
         "logits_sums",
@@ -166,15 +206,15 @@ def from_logits(dtype: torch.dtype, words: int, wanted: Wanted) -> Launch:
     )
 
 
-def unfinished(chunked: bool) -> Launch:
+def unfinished(chunked: bool, wanted: Wanted) -> Launch:
     """Logits that still lack bias, cap and scale: a chunk of words, or all of them with the label's own among them."""
-    words = head(torch.bfloat16, 64, ("bias", "softcap", "logit_scale"))
+    words = head(torch.bfloat16, 64, EVERYTHING)
     rest = {"label_logit": empty(T), "first_column": 2048, "out": empty(1, 5, T)} if chunked else {}
     n = 1024 if chunked else V
     return Launch(
         "logits_sums",
-        f"float32 V={n} bias, cap, scale",
-        lambda: logits_triton.partial_sums(empty(T, n), whole(T), ALL, head=words.columns(0, n), **rest),
+        f"float32 V={n} {wanted} bias, cap, scale",
+        lambda: logits_triton.partial_sums(empty(T, n), whole(T), wanted, head=words.columns(0, n), **rest),
     )
 
 
@@ -206,9 +246,9 @@ def whole(n: int) -> torch.Tensor:
     return empty(n, dtype=torch.int64)
 
 
-def head(dtype: torch.dtype, D: int, extras: tuple[str, ...] = ()) -> Head:
-    values = {"bias": empty(V, dtype=dtype), "softcap": 30.0, "logit_scale": 0.5}
-    return Head(empty(V, D, dtype=dtype), **{name: values[name] for name in extras})
+def head(dtype: torch.dtype, D: int, extras: tuple[str, ...] = (), words: int = V) -> Head:
+    values = {"bias": empty(words, dtype=dtype), "softcap": 30.0, "logit_scale": 0.5}
+    return Head(empty(words, D, dtype=dtype), **{name: values[name] for name in extras})
 
 
 def report(arch: str, launch: Launch, kernel: Any) -> dict[str, Any]:
