@@ -1,5 +1,6 @@
 """Transformers' and TRL's trainers with weights, against the definition by hand; a model's loss without logits."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -40,6 +41,14 @@ from tests.trainer_runs import (
 
 ROOT = Path(__file__).resolve().parents[1]
 CUTS = [(1, 1), (1, 4), (2, 1), (2, 2), (12, 1)]  # rows a micro-batch, micro-batches a step
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_to_collect():
+    """Every training run collects garbage first: among all that TRL imports, that takes longer than the run."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("loss_norm", ["trajectory", "token"])
