@@ -116,7 +116,7 @@ def loss_form(impl: str, hidden: Tensor, weight: Tensor, operand: torch.dtype) -
 
     "chunked" makes three products and keeps the gradient of weight in float32; "fused" makes four and needs no more
     than that gradient in its own dtype. So a half-precision weight that learns goes to the second, where the first
-    would take thrice the memory; all others, frozen ones above all, to the first (arithmetic: docs/log.md).
+    would take more than twice the memory; all others, frozen ones above all, to the first (arithmetic: docs/log.md).
 
     Raises:
         ValueError: as ``head_form``.

@@ -263,4 +263,5 @@ def _gradients(
             write_product(of_weight[words], chunk.T, hidden)
         if of_hidden is not None:
             add_product(of_hidden, chunk, head.weight[words])
+    del errors, chunk  # before there are two gradients of hidden
     return None if of_hidden is None else of_hidden.to(wanted[0]), of_weight, of_bias
