@@ -1,5 +1,6 @@
 """The ``lark-fast`` command."""
 
+import os
 import sys
 
 
@@ -22,7 +23,18 @@ def main() -> None:
         if end.code == 130:
             message = "interrupted; what is on disk is kept, and the same command goes on from there"
             print(f"lark-fast: {message}", file=sys.stderr)
+        _leave_ranks(end.code)
         raise
+
+
+def _leave_ranks(code: str | int | None) -> None:
+    """End a rank at once. Gloo's threads outlive their group; one that lets go of a tensor while Python winds up aborts
+    the process, and torchrun takes a run that is done for a failed one."""
+    distributed = sys.modules.get("torch.distributed")
+    if isinstance(code, int | None) and distributed and distributed.is_torchelastic_launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
 
 
 if __name__ == "__main__":

@@ -185,9 +185,12 @@ class TrainSummary:
     resumed_from: int | None  # the step that the last part of the run went on from
     seconds: float  # of the last part's steps
     tokens_per_second: float  # input tokens of the last part
+    rank: int = 0  # of the process that says so
 
     def lines(self) -> list[str]:
-        """What to tell the user."""
+        """What to tell the user, once."""
+        if self.rank:
+            return []
         if self.already_complete:
             return [f"{self.out}: this run is complete ({self.steps:,} steps); nothing was done"]
         dropped = f", {self.dropped:,} rows of weight 0 left out" if self.dropped else ""

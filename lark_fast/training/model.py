@@ -49,14 +49,14 @@ class WeightedLoss(nn.Module):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
             hidden = student.hidden(inputs.ids, inputs.pack, inputs.places).flatten(0, 1)
         head = student.head
-        # On a CPU the head multiplies in float32 whatever it is given: there, rounding would only cost digits.
-        operand = torch.bfloat16 if self.bfloat16 and device.type != "cpu" else head.weight.dtype
         options = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
+        low = torch.bfloat16 if self.bfloat16 else None
         if token_weights is None:
+            operand = low if low and device.type != "cpu" else head.weight.dtype  # a CPU multiplies in float32 anyway
             own = (hidden.to(operand), head.weight.to(operand), inputs.targets)
             return token_stats(*own, rows=inputs.rows, statistics=(), **options).nll
-        hidden = hidden.index_select(0, inputs.rows).to(operand)
-        return linear_cross_entropy(hidden, head.weight.to(operand), inputs.targets, token_weights, **options)
+        hidden = hidden.index_select(0, inputs.rows)
+        return linear_cross_entropy(hidden, head.weight, inputs.targets, token_weights, operand_dtype=low, **options)
 
 
 def prepare(student: Student, config: TrainConfig, world: World, *, bfloat16: bool) -> "tuple[WeightedLoss, object]":
@@ -69,6 +69,7 @@ def prepare(student: Student, config: TrainConfig, world: World, *, bfloat16: bo
         UserError: peft is missing, or knows no such modules.
     """
     packed = config.packing and student.unpackable is None
+    torch.manual_seed(config.seed)  # adapters begin at random, and on every rank alike
     adapters = None if config.lora is None else _add_adapters(student, config.lora)
     if adapters is None:
         student.model.requires_grad_(True)

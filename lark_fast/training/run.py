@@ -89,11 +89,11 @@ def _train(config: TrainConfig, world: World, device: str) -> TrainSummary:
         return _summary(directory, already_complete=True)
     if config.packing and student.unpackable and world.main:
         print(f"lark-fast: trajectories are padded, not packed: {student.unpackable}", file=sys.stderr)
-    trainer = Trainer(student, data, config, bfloat16=bfloat16, world=world)
     trackers = Trackers(config, identity, directory.steps_kept, silent=not world.main)
     devices = [student.device] if student.device.type == "cuda" else []
     with torch.random.fork_rng(devices), Interrupts() as interrupts:
         try:
+            trainer = Trainer(student, data, config, bfloat16=bfloat16, world=world)
             _keep_probe(trainer, probe, directory)
             ceiling = matmul_ceiling(student.device, torch.bfloat16 if bfloat16 else torch.float32)
             timing = Loop(trainer, held_out, directory, trackers, ceiling=ceiling).run(interrupts)
@@ -197,5 +197,6 @@ def _summary(
         best_step=manifest["best_step"],
         probe=manifest["probe"],
         already_complete=already_complete,
+        rank=directory.world.rank,
         **timing,
     )
