@@ -16,7 +16,7 @@ from benchmarks.workload import QWEN_VOCABULARY, SMALL, short_answers, student
 from lark_fast.flop import forward_flop
 from lark_fast.pool.records import NOT_SCORED
 from lark_fast.student import Student
-from lark_fast.training.batches import micro_batches
+from lark_fast.training.batches import default_tokens, micro_batches
 from lark_fast.training.config import TrainConfig
 from lark_fast.training.data import TrainingSet
 from lark_fast.training.step import Trainer
@@ -35,6 +35,7 @@ def training_set():
         lengths=lengths,
         n_scored=answers,
         weights=rng.uniform(0.1, 1.0, N),
+        keys=[(str(row), "0") for row in range(N)],
         sources=["generated"] * N,
         lines=np.arange(N),
         dropped=0,
@@ -50,7 +51,7 @@ class PlainLoop:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
         shares = data.weights / data.n_scored / data.weights.sum()
         self.batches = []
-        for rows in micro_batches(np.arange(N), data.lengths, None, DEVICE):
+        for rows in micro_batches(np.arange(N), data.lengths, size=None, tokens=default_tokens(DEVICE), packed=False):
             ids, labels, weights = [], [], []
             for row in rows:
                 tokens = slice(data.starts[row], data.starts[row + 1])
