@@ -99,14 +99,10 @@ class RunDirectory:
         """Keep what it takes to go on after ``steps`` steps; older states are removed once this one is whole."""
         if self._name("resume", steps) in self._states("resume"):
             return
-        moments = {
-            f"{number}.{name}": tensor
-            for number, state in optimizer.state_dict()["state"].items()
-            for name, tensor in state.items()
-            if isinstance(tensor, Tensor)
-        }
+        states = _optimizer_states(optimizer)
+        moments = {f"{n}.{k}": v for n, state in states.items() for k, v in state.items() if isinstance(v, Tensor)}
         # bitsandbytes counts its steps in a plain number.
-        counts = {str(n): v["step"] for n, v in optimizer.state_dict()["state"].items() if isinstance(v["step"], int)}
+        counts = {str(n): state["step"] for n, state in states.items() if isinstance(state["step"], int)}
         facts = {"steps": steps, "metrics_bytes": 0, "counts": counts}
         if self.world.main:
             facts["metrics_bytes"] = (self.path / METRICS).stat().st_size
@@ -148,8 +144,8 @@ class RunDirectory:
         if self.world.main:
             with self._writing():
                 os.truncate(metrics, state["metrics_bytes"])
-        _load(states[-1], "weights", trained, self.world)
         _load_moments(states[-1], optimizer, state["counts"], self.world)
+        _load(states[-1], "weights", trained, self.world)
         self.world.wait()
         return state["steps"]
 
@@ -208,7 +204,7 @@ class RunDirectory:
             self.world.wait()
             for part, tensors in parts.items():
                 file = temporary / f"{part}{_of_rank(self.world.rank, self.world.size)}.safetensors"
-                save_file({name: _local(tensor).detach().contiguous() for name, tensor in tensors.items()}, file)
+                save_file(_apart(tensors), file)
                 _flush(file)
             self.world.wait()
             if self.world.main:
@@ -307,22 +303,39 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's parts, as safetensors takes them: contiguous, and none in the memory of another."""
+    taken: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        own = _local(tensor).detach().contiguous()
+        apart[name] = own.clone() if own.data_ptr() in taken else own  # bitsandbytes' tables are shared
+        taken.add(own.data_ptr())
+    return apart
+
+
+def _optimizer_states(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """What the optimiser keeps of each parameter that has moved, by the parameter's number."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {n: optimizer.state[parameter] for n, parameter in enumerate(parameters) if parameter in optimizer.state}
+
+
 def _load_moments(state: Path, optimizer: torch.optim.Optimizer, counts: dict[str, int], world: World) -> None:
     """An optimiser makes its moments in its first step: let it, with a rate of 0, then fill them in."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
     optimizer.step()
     optimizer.zero_grad()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    inner = optimizer.state_dict()["state"]
-    tensors = {f"{n}.{k}": v for n, s in inner.items() for k, v in s.items() if isinstance(v, Tensor)}
-    _load(state, "optimizer", tensors, world)
+    states = _optimizer_states(optimizer)
+    moments = {f"{n}.{k}": v for n, state in states.items() for k, v in state.items() if isinstance(v, Tensor)}
+    _load(state, "optimizer", moments, world)
     for number, count in counts.items():
-        inner[int(number)]["step"] = count
+        states[int(number)]["step"] = count
 
 
 @torch.no_grad()

@@ -1,0 +1,173 @@
+"""Training over ranks, started by torchrun as a user does: the same curve, the same checkpoint, the same resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from lark_fast.training.config import LoraOptions
+from tests.command import ENVIRONMENT
+from tests.training_runs import metrics, run, save_student, weighted_rows, write_data
+
+SETTINGS = {"--epochs": 4, "--global-batch": 5, "--lr": 3e-3, "--device": "cpu", "--dtype": "float32"}
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    return save_student(tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "train.jsonl", weighted_rows())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, student, data):
+    out = tmp_path_factory.mktemp("alone") / "out"
+    run(data, student, out, epochs=4, eval_data=str(data), probe=str(data))
+    return out
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, student, data):
+    out = tmp_path_factory.mktemp("two") / "out"
+    return out, over_ranks(data, student, out)
+
+
+def torchrun(data, student, out, *more, ranks=2):
+    settings = [str(word) for pair in SETTINGS.items() for word in pair]
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
+        *("-m", "lark_fast", "train", "--data", str(data), "--student", str(student), "--out", str(out)),
+        *("--eval-data", str(data), "--probe", str(data), *settings, *map(str, more)),
+    ]
+
+
+def over_ranks(*arguments, **options):
+    done = subprocess.run(
+        torchrun(*arguments, **options), env=ENVIRONMENT, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def differ(a, b):
+    """The largest relative difference of two runs' losses, of training and held out."""
+    assert [line["step"] for line in a] == [line["step"] for line in b]
+    names = ("loss", "eval_loss")
+    return max(abs(x[name] / y[name] - 1) for x, y in zip(a, b, strict=True) for name in names if name in x)
+
+
+def weights(out):
+    with safe_open(out / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+
+
+def assert_as_alone(out, done, ranks, alone):
+    assert differ(metrics(out), metrics(alone)) < TOLERANCE
+    # One of them speaks.
+    assert done.stdout.count("12 steps over 12 trajectories") == 1
+    assert done.stdout.count("probe: nll fell") == 1
+    assert json.loads((out / "manifest.json").read_text())["ranks"] == ranks
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in alone.iterdir())
+    ours, theirs = weights(out), weights(alone)
+    assert ours.keys() == theirs.keys()
+    moved = max((ours[name] - theirs[name]).norm() / theirs[name].norm() for name in ours)
+    assert moved < 1e-2  # Adam turns rounding into steps of full size wherever a gradient is near zero
+    assert AutoModelForCausalLM.from_pretrained(out).config.architectures == ["LlamaForCausalLM"]
+
+
+def test_two_ranks_are_one(two, alone):
+    assert_as_alone(*two, 2, alone)
+
+
+def test_a_rank_without_work(tmp_path, data, student, alone):
+    # 12 rows in batches of 5: the third batch has 2, and of 3 ranks one has nothing to do there.
+    assert_as_alone(tmp_path / "out", over_ranks(data, student, tmp_path / "out", ranks=3), 3, alone)
+
+
+@pytest.mark.parametrize(("how", "ranks"), [(signal.SIGTERM, 2), (signal.SIGKILL, 1)])
+def test_stopped_and_gone_on_with(tmp_path, data, student, alone, how, ranks):
+    # Two ranks begin, are stopped, and as many or fewer go on.
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        torchrun(data, student, out, "--save-every", 3), env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    log = out / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and len(log.read_bytes().splitlines()) >= 5):
+        time.sleep(0.002)
+    if how == signal.SIGTERM:
+        process.send_signal(how)
+        process.wait(60)
+    else:
+        kill_family(process)
+    assert not json.loads((out / "manifest.json").read_text())["complete"], "the run ended before it was stopped"
+    states = list(out.glob("resume-*"))
+    if how == signal.SIGTERM:
+        steps = [line["step"] for line in metrics(out) if "loss" in line]
+        assert [path.name for path in states] == [f"resume-{steps[-1]:06d}"]  # what was finished is kept
+    if ranks == 1:
+        summary = run(data, student, out, epochs=4, eval_data=str(data), probe=str(data))
+        assert summary.resumed_from == 3
+    else:
+        over_ranks(data, student, out)
+    assert differ(metrics(out), metrics(alone)) < TOLERANCE
+
+
+def kill_family(process):
+    """torchrun and its ranks, all at once."""
+    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+    for pid in family:
+        os.kill(pid, signal.SIGKILL)
+    process.wait(60)
+
+
+def test_the_same_ranks_come_to_the_same_bits(tmp_path, data, student, two):
+    over_ranks(data, student, tmp_path / "out")
+    assert metrics(tmp_path / "out") == metrics(two[0])
+    ours, theirs = weights(tmp_path / "out"), weights(two[0])
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_adapters_over_ranks(tmp_path, data, student):
+    lora = LoraOptions(rank=4, dropout=0.0)
+    run(data, student, tmp_path / "a", epochs=4, eval_data=str(data), probe=str(data), lora=lora)
+    over_ranks(data, student, tmp_path / "b", "--lora", "--lora-rank", 4, "--lora-dropout", 0)
+    assert differ(metrics(tmp_path / "a"), metrics(tmp_path / "b")) < TOLERANCE
+    assert (tmp_path / "b" / "adapter_model.safetensors").exists()
+
+
+def test_bad_input_ends_all_ranks(tmp_path, data, student):
+    rows = weighted_rows()
+    rows[3]["weight"] = "heavy"
+    bad = write_data(tmp_path / "bad.jsonl", rows)
+    done = subprocess.run(
+        torchrun(bad, student, tmp_path / "out"),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert f"lark-fast: {bad}:4: weight is 'heavy'" in done.stderr
+    assert not (tmp_path / "out").exists()
