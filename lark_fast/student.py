@@ -89,7 +89,7 @@ class Student:
             ``[B, T, D]`` in the model's dtype. Autograd works through it.
         """
         arguments = {} if pack is None else {"position_ids": position_ids, "pack": pack}
-        with _stop_before_head(self._output) as captured:
+        with stop_before_head(self._output) as captured:
             self.model(input_ids=input_ids, use_cache=False, **arguments)
         return captured[0]
 
@@ -186,7 +186,7 @@ class Student:
 
 
 @contextmanager
-def _stop_before_head(output: nn.Module) -> Iterator[list[Tensor]]:
+def stop_before_head(output: nn.Module) -> Iterator[list[Tensor]]:
     """Let the output embedding hand its input over and answer with logits of width 0, so that none is computed."""
     captured: list[Tensor] = []
 

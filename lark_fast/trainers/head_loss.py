@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lark_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from lark_fast.kernels.token_stats import token_stats
-from lark_fast.student import Student, _stop_before_head
+from lark_fast.student import Student, stop_before_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,7 +89,7 @@ class HeadLoss:
         per_token: bool = False,
         **kwargs: Any,
     ) -> "ModelOutput":
-        with _stop_before_head(self._student.model.get_output_embeddings()) as captured:
+        with stop_before_head(self._student.model.get_output_embeddings()) as captured:
             outputs = forward(*args, **kwargs | {"use_cache": False, "return_dict": True})
         (hidden,) = captured  # [B, T, D]
         if shift_labels is None:
