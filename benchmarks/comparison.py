@@ -45,6 +45,7 @@ class Workload:
     limit_scale: float = 1.0  # the work of the operation over the work of ``limit``
     peers: Mapping[str, Run] = field(default_factory=dict)  # other ways, and in brackets what they give
     check: Callable[[Any], None]  # fails if what came of ``ours`` is wrong
+    tokens: int | None = None  # that the operation passes over, where its speed is told in tokens
 
 
 def compare_workload(benchmark: Any, workload: Workload) -> None:

@@ -30,7 +30,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # poisoned outputs 
 
 import torch
 
-from benchmarks import baselines, correctness, head, loss, passes, timing, trajectories
+from benchmarks import baselines, correctness, head, loss, passes, timing, training, trajectories
 from benchmarks.comparison import DEVICE, Workload, missing_peers, note_missing
 from benchmarks.fingerprint import fingerprints
 
@@ -163,6 +163,8 @@ def _steps(tiny: bool) -> Iterator[Step]:
     yield trajectories.NAME, partial(trajectories.reduction, n)
     for case in [passes.TINY] if tiny else passes.PASSES:
         yield passes.NAME, case.build
+    for case in [training.TINY] if tiny else training.CASES:
+        yield training.NAME, case.build
 
 
 @torch.no_grad()
@@ -187,8 +189,9 @@ def _time(record: dict, workload: Workload, wrong: set[str], tiny: bool) -> None
     samples = timing.take_turns({**ours, "limit": workload.limit, **peers}, 0.0 if tiny else SECONDS)
     medians = {name: median(own) for name, own in samples.items()}
     limit_ms = medians["limit"] * workload.limit_scale
-    peers_memory = {peer: timing.extra_memory_mib(run) for peer, run in peers.items()}
-    for name, run in ours.items():
+    memory = {name: (timing.extra_memory_mib(run), timing.peak_memory_mib()) for name, run in {**ours, **peers}.items()}
+    peers_memory = {peer: memory[peer][0] for peer in peers}
+    for name in ours:
         record["results"].append(
             {
                 "name": name,
@@ -199,10 +202,25 @@ def _time(record: dict, workload: Workload, wrong: set[str], tiny: bool) -> None
                 "limit_samples_ms": [milliseconds * workload.limit_scale for milliseconds in samples["limit"]],
                 "ratio_to_limit": medians[name] / limit_ms,
                 "peers": {peer: medians[peer] for peer in peers},
-                "extra_memory_mib": timing.extra_memory_mib(run),
+                "extra_memory_mib": memory[name][0],
                 "peers_extra_memory_mib": peers_memory,
+                **(_by_token(workload.tokens, name, peers, medians, limit_ms, memory) if workload.tokens else {}),
             }
         )
+
+
+def _by_token(tokens: int, name: str, peers: dict, medians: dict, limit_ms: float, memory: dict) -> dict:
+    """Of a workload that is told in tokens: their speed, the share of the ceiling, and what the GPU held in all."""
+
+    def of(run: str) -> dict:
+        milliseconds = medians[run]
+        return {
+            "tokens_per_s": tokens / milliseconds * 1e3,
+            "ceiling_share": limit_ms / milliseconds,
+            "peak_memory_mib": memory[run][1],
+        }
+
+    return {**of(name), "peers_by_token": {peer: of(peer) for peer in peers}}
 
 
 def _problem(run: Callable[[], object]) -> str | None:

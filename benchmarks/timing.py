@@ -88,6 +88,11 @@ def extra_memory_mib(run: Run) -> float | None:
     return max(0.0, _resident_mib("VmHWM") - before)
 
 
+def peak_memory_mib() -> float | None:
+    """All that was on the GPU at the height of the run that ``extra_memory_mib`` has just watched."""
+    return torch.cuda.max_memory_allocated() / 2**20 if CUDA else None
+
+
 def _resident_mib(field: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))

@@ -1,6 +1,7 @@
 """What is scored and trained on: students with random weights, sequences as long as real ones."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from benchmarks.comparison import DEVICE
+from lark_fast.training.data import TrainingSet
 
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}
 QWEN_HALF_B = {
@@ -15,6 +17,13 @@ QWEN_HALF_B = {
     "intermediate_size": 4864,
     "num_hidden_layers": 24,
     "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+}
+QWEN_1B5 = {
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
     "num_key_value_heads": 2,
 }
 QWEN_7B = {
@@ -63,3 +72,47 @@ def long_answers(n: int) -> tuple[np.ndarray, np.ndarray]:
     spread = rng.standard_normal(n)
     answers = 2900 * np.exp(spread * np.where(spread < 0, 1.19, 0.863))
     return prompts, answers.astype(np.int64).clip(16, 32000)
+
+
+def training_set(n: int, vocabulary: int, long: bool, longest: int) -> TrainingSet:
+    """Random words, as many as in real prompts and answers, none longer than ``longest``, and random weights."""
+    rng = np.random.default_rng(0)
+    prompts, answers = (long_answers if long else short_answers)(n)
+    answers = np.minimum(answers, longest - prompts)
+    lengths = prompts + answers
+    return TrainingSet(
+        ids=rng.integers(0, vocabulary, lengths.sum()).astype(np.int32),
+        scored=np.concatenate([np.arange(p + a) >= p for p, a in zip(prompts, answers, strict=True)]),
+        starts=np.concatenate([[0], np.cumsum(lengths)]),
+        lengths=lengths,
+        n_scored=answers,
+        weights=rng.uniform(0.1, 1.0, n),
+        keys=[(str(row), "0") for row in range(n)],
+        sources=["generated"] * n,
+        lines=np.arange(n),
+        dropped=0,
+        truncated=0,
+    )
+
+
+def some(data: TrainingSet, tokens: int) -> TrainingSet:
+    """The first trajectories: as many as fit ``tokens``, and two of them at least."""
+    n = max(2, int((data.starts[1:] <= tokens).sum()))
+    end = data.starts[n]
+    return replace(
+        data,
+        ids=data.ids[:end],
+        scored=data.scored[:end],
+        starts=data.starts[: n + 1],
+        lengths=data.lengths[:n],
+        n_scored=data.n_scored[:n],
+        weights=data.weights[:n],
+        keys=data.keys[:n],
+        sources=data.sources[:n],
+        lines=data.lines[:n],
+    )
+
+
+def by_tokens(data: TrainingSet) -> TrainingSet:
+    """Weights under which the objective is the mean nll of all scored tokens, which is TRL's."""
+    return replace(data, weights=data.n_scored.astype(np.float64))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -108,6 +109,19 @@ def test_a_record_has_every_field(recorded):
     assert median(result["samples_ms"]) == result["median_ms"]
     assert result["ratio_to_limit"] == pytest.approx(result["median_ms"] / result["limit_ms"])
     assert "eager (nll, brier)" in result["peers"]
+
+
+def test_a_training_step_is_recorded_beside_its_peers(tmp_path):
+    out = tmp_path / "record.json"
+    assert record.main(["--out", str(out), "--commit", "abc123", "--tiny", "--only", "training step"]) == 0
+    written = json.loads(out.read_text())
+    wanted = {"plain loop"} | ({"TRL, packed", "TRL, padded"} if find_spec("trl") else set())
+    assert {result["name"] for result in written["results"]} == {"training step/packed", "training step/padded"}
+    for result in written["results"]:
+        assert result["peers"].keys() == result["peers_by_token"].keys() == wanted
+        assert result["ceiling_share"] == pytest.approx(1 / result["ratio_to_limit"])
+        assert result["tokens_per_s"] > 0
+        assert result["peak_memory_mib"] is None
 
 
 def test_what_is_wrong_is_told_and_not_timed(tmp_path, monkeypatch):
