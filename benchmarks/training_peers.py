@@ -125,6 +125,10 @@ class TrlLoop:
             )
             rows = Dataset.from_list(rows_of(data)[:1])
             self.trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=_tokenizer())
+        if options["liger"]:  # what train() begins with
+            from transformers.integrations.liger import apply_liger_kernel
+
+            apply_liger_kernel(self.trainer.model, config.liger_kernel_config)
         # Liger also changes functions that all models of the kind share.
         self._patches = {name: value for name, value in vars(modeling_llama).items() if plain.get(name) is not value}
         self._plain = {name: plain[name] for name in self._patches if name in plain}
