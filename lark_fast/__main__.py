@@ -18,10 +18,12 @@ def main() -> None:
 
         # It may quote a pool: nothing in it acts on the terminal.
         print(f"lark-fast: {visible(' '.join(str(error).split()))}", file=sys.stderr)
+        _leave_ranks(2)
         sys.exit(2)
     except SystemExit as end:
         if end.code == 130:
-            message = "interrupted; what is on disk is kept, and the same command goes on from there"
+            again = "the same command, but for --overwrite," if "--overwrite" in sys.argv else "the same command"
+            message = f"interrupted; what is on disk is kept, and {again} goes on from there"
             print(f"lark-fast: {message}", file=sys.stderr)
         _leave_ranks(end.code)
         raise

@@ -114,6 +114,10 @@ def packed_attention(
     if sliding_window is None and _slides(module):
         raise UnknownAttentionError(f"{type(module).__name__} does not tell its attention the sliding window")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # Rotations leave queries and keys in float32 where weights are, and half precision has the faster forms.
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     if dropout:
         return blocks(query, key, value, pack, scaling, sliding_window, softcap, dropout), None
     return _form(query, value, softcap)(query, key, value, pack, scaling, sliding_window, softcap), None

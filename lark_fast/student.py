@@ -109,9 +109,12 @@ class Student:
             for layer, own in before.items():
                 layer._compiled_call_impl = own
 
-    @property
+    @cached_property
     def layers(self) -> list[nn.Module]:
-        """The model's blocks, as Transformers names the classes that are not to be split."""
+        """The model's blocks, as Transformers names the classes that are not to be split.
+
+        Found once: sharding gives their classes other names.
+        """
         kinds = set(self.model._no_split_modules or ())
         return [module for module in self.model.modules() if type(module).__name__ in kinds]
 
@@ -183,6 +186,19 @@ class Student:
                 f"{type(self.model).__name__} changes its logits in a way lark-fast does not know "
                 f"(largest difference {float((ours - own).abs().max()):.3g})"
             )
+
+
+def refuse_adapted_head(output: nn.Module) -> None:
+    """The layer underneath a PEFT adapter has a ``weight`` without what the adapter has learned.
+
+    Raises:
+        ValueError: the output embedding carries one.
+    """
+    if hasattr(output, "base_layer") or hasattr(output, "token_adapter"):
+        raise ValueError(
+            f"the output embedding carries a PEFT adapter ({type(output).__name__}), which a loss without logits "
+            "would leave out: take it out of target_modules, or train the whole head as one of modules_to_save"
+        )
 
 
 @contextmanager

@@ -174,9 +174,20 @@ def test_rows_of_weight_zero_change_nothing(tmp_path, data, student):
 def test_where_a_weight_may_stand(tmp_path):
     row = weighted_rows(1)[0]
     bare = {name: value for name, value in row.items() if name != "weight"}
-    rows = [bare, {**bare, "meta": {"train_weight": 0.25}}, {**bare, "weight": 3, "meta": {"train_weight": 0.25}}]
+    rows = [{**bare, "meta": {"train_weight": 0.25}}, {**bare, "weight": 3, "meta": {"train_weight": 0.25}}]
     _, data = trainer(tiny_llama(), rows, tmp_path)
-    assert data.weights.tolist() == [1.0, 0.25, 3.0]
+    assert data.weights.tolist() == [0.25, 3.0]
+    _, data = trainer(tiny_llama(), [bare, bare], tmp_path)
+    assert data.weights.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("without", [0, 2])
+def test_a_weight_that_is_missing_is_no_weight_of_one(tmp_path, student, without):
+    rows = weighted_rows(1)
+    del rows[without]["weight"]
+    data = write_data(tmp_path / "train.jsonl", rows)
+    with pytest.raises(UserError, match=rf"train.jsonl:{without + 1}: this row has no weight where others have one"):
+        run(data, student, tmp_path / "out")
 
 
 BAD_ROWS = {

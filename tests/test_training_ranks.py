@@ -8,11 +8,13 @@ import sys
 import time
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from lark_fast import Scorer
 from lark_fast.training.config import LoraOptions
 from tests.command import ENVIRONMENT
 from tests.training_runs import metrics, run, save_student, weighted_rows, write_data
@@ -52,12 +54,12 @@ def two(tmp_path_factory, student, data):
     return out, over_ranks(data, student, out)
 
 
-def torchrun(data, student, out, *more, ranks=2):
+def torchrun(data, student, out, *more, held_out=None, ranks=2):
     settings = [str(word) for pair in SETTINGS.items() for word in pair]
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
         *("-m", "lark_fast", "train", "--data", str(data), "--student", str(student), "--out", str(out)),
-        *("--eval-data", str(data), "--probe", str(data), *settings, *map(str, more)),
+        *("--eval-data", str(held_out or data), "--probe", str(data), *settings, *map(str, more)),
     ]
 
 
@@ -154,6 +156,24 @@ def test_adapters_over_ranks(tmp_path, data, student):
     over_ranks(data, student, tmp_path / "b", "--lora", "--lora-rank", 4, "--lora-dropout", 0)
     assert differ(metrics(tmp_path / "a"), metrics(tmp_path / "b")) < TOLERANCE
     assert (tmp_path / "b" / "adapter_model.safetensors").exists()
+
+
+def test_early_stop_over_ranks(tmp_path, data, student):
+    # Held-out passes, which no backward pass follows, between the steps and before weights are kept and loaded.
+    other = {"role": "assistant", "content": "No. " * 9}
+    rows = [{**row, "messages": [row["messages"][0], other]} for row in weighted_rows()]
+    held_out = write_data(tmp_path / "held.jsonl", rows)
+    settings = {"epochs": 30, "lr": 6e-3, "global_batch": 6, "eval_every": 2, "patience": 3}
+    summary = run(data, student, tmp_path / "a", eval_data=str(held_out), probe=str(data), **settings)
+    assert summary.best_step < summary.steps < 60
+    words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
+    over_ranks(data, student, tmp_path / "b", *words, held_out=held_out)
+    assert differ(metrics(tmp_path / "a"), metrics(tmp_path / "b")) < 1e-4  # of a rate so high that the loss rises
+    a, b = (pq.read_table(tmp_path / name / "probe.parquet")["nll_after"].to_pylist() for name in ("a", "b"))
+    assert b == pytest.approx(a, rel=1e-4)
+    best = min(line["eval_loss"] for line in metrics(tmp_path / "b") if "eval_loss" in line)
+    scores = Scorer.from_pretrained(str(tmp_path / "b"), device="cpu", dtype="float32").score(rows)
+    assert sum(score.nll for score in scores) / len(scores) == pytest.approx(best, rel=1e-5)
 
 
 def test_bad_input_ends_all_ranks(tmp_path, data, student):

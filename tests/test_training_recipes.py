@@ -1,5 +1,6 @@
 """What a training run can be asked for beyond plain AdamW on all weights, each driven for real."""
 
+import errno
 import json
 import os
 import sys
@@ -13,11 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lark_fast import Scorer
 from lark_fast.errors import UserError
+from lark_fast.rendering.renderer import Renderer
 from lark_fast.student import Student, load_student
+from lark_fast.training import run as training_run
 from lark_fast.training.batches import micro_batches, of_rank
 from lark_fast.training.config import PRESETS, LoraOptions, TrainConfig
+from lark_fast.training.data import load_training_set
 from lark_fast.training.guards import Guard
 from lark_fast.training.optimizers import StochasticAdamW, round_stochastically
+from lark_fast.training.state import RunDirectory
 from lark_fast.training.step import Trainer
 from tests import command
 from tests.templates import CHATML
@@ -55,18 +60,22 @@ def tensors(file):
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
 
 
-def run_until(steps, *arguments, **settings):
+class DiedError(Exception):
+    """Nobody catches it, so that nothing is saved: as after kill -9."""
+
+
+def run_until(steps, *arguments, how=KeyboardInterrupt, **settings):
     """A run with a Ctrl-C in the middle of a step."""
 
     def measure(self, step):
         if step == steps:
-            raise KeyboardInterrupt
+            raise how
         return real(self, step)
 
     real = Trainer.measure
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "measure", measure)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(how):
             run(*arguments, **settings)
 
 
@@ -216,14 +225,15 @@ def test_stopped_runs_go_on_bit_for_bit(tmp_path, data, student, settings):
     ("settings", "message"),
     [
         ({"lora": LoraOptions(targets=("nothing",))}, "--lora-target nothing: "),
+        ({"lora": LoraOptions(targets=("lm_head",))}, "--lora-target lm_head: the output embedding carries"),
         ({"trackers": ("tensorboard",)}, r"--track tensorboard needs it: pip install 'lark-fast\[tensorboard\]'"),
         ({"lora": LORA}, r"--lora needs peft: pip install 'lark-fast\[lora\]'"),
         ({"optimizer": "adamw8bit"}, r"needs bitsandbytes: pip install 'lark-fast\[optim\]'"),
     ],
-    ids=["target", "tensorboard", "peft", "bitsandbytes"],
+    ids=["target", "head", "tensorboard", "peft", "bitsandbytes"],
 )
 def test_what_cannot_be_had_is_said(tmp_path, data, student, monkeypatch, settings, message):
-    if settings.get("lora") != LoraOptions(targets=("nothing",)):
+    if "pip install" in message:
         for module in ("peft", "bitsandbytes.optim", "torch.utils.tensorboard"):
             monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=message):
@@ -276,6 +286,26 @@ def test_without_master_weights_the_model_is_bfloat16(tmp_path, data):
     assert load_student(str(tmp_path / "b"), device="cpu").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("settings", [{"lora": LORA}, {"stochastic_rounding": True}], ids=str)
+def test_weights_alone_are_bfloat16(tmp_path, data, student, monkeypatch, settings):
+    # Rounded frequencies would turn the positions of long trajectories by radians.
+    seen = []
+    real = Trainer.__init__
+
+    def keep(self, student, *arguments, **options):
+        real(self, student, *arguments, **options)
+        seen.append({name: buffer.clone() for name, buffer in student.model.named_buffers()})
+        seen.append({p.dtype for name, p in student.model.named_parameters() if "lora_" not in name})
+
+    monkeypatch.setattr(Trainer, "__init__", keep)
+    run(data, student, tmp_path / "out", epochs=1, dtype="bfloat16", **settings)
+    fresh = dict(AutoModelForCausalLM.from_pretrained(student, dtype=torch.bfloat16).named_buffers())
+    own, dtypes = seen
+    assert own.keys() == fresh.keys()
+    assert all(torch.equal(own[name], fresh[name]) and own[name].dtype == fresh[name].dtype for name in own)
+    assert dtypes == {torch.bfloat16}
+
+
 def test_stochastic_rounding_wants_bfloat16(tmp_path, data, student, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
     with pytest.raises(UserError, match="give --dtype bfloat16"):
@@ -303,6 +333,45 @@ def test_a_loss_that_jumps_stops_the_run_and_loses_nothing(tmp_path, data, stude
             run(data, student, tmp_path / "out", save_every=5, **STEPS)
         # Who wants to go on says so, and goes on where it stopped.
         assert run(data, student, tmp_path / "out", save_every=5, max_loss_jump=0.0, **STEPS).resumed_from == 17
+
+
+def test_a_failure_at_the_end_costs_no_step(tmp_path, data, student, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "write_checkpoint", full)
+        with pytest.raises(UserError, match="cannot be written to: No space left on device"):
+            run(data, student, tmp_path / "out", **STEPS)
+    assert run(data, student, tmp_path / "out", **STEPS).resumed_from == 48
+    run(data, student, tmp_path / "whole", **STEPS)
+    assert metrics(tmp_path / "out") == metrics(tmp_path / "whole")
+
+
+def test_parameters_that_never_move_are_no_obstacle(tmp_path, student):
+    def trainer():
+        loaded = load_student(str(student), device="cpu", dtype="float32")
+        loaded.model.unused = torch.nn.Parameter(torch.ones(3))
+        data = load_training_set(str(rows), Renderer(loaded.tokenizer), quiet=True)
+        return Trainer(loaded, data, TrainConfig(data="", student="", out="", global_batch=3), bfloat16=False)
+
+    rows = write_data(tmp_path / "rows.jsonl", weighted_rows(2))
+    first, second = trainer(), trainer()
+    with RunDirectory(tmp_path / "out", {}) as directory:
+        directory.resume(first.trained, first.optimizer)
+        first.measure(0)
+        first.update(0)
+        directory.save(1, first.trained, first.optimizer)
+        assert directory.resume(second.trained, second.optimizer) == 1
+    for one in (first, second):
+        one.measure(1)
+        one.update(1)
+    assert all(torch.equal(second.trained[name], p) for name, p in first.trained.items())
+
+
+def test_one_run_a_directory(tmp_path, data, student):
+    with RunDirectory(tmp_path / "out", {}), pytest.raises(UserError, match="another run"):
+        run(data, student, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -345,10 +414,15 @@ def test_early_stop_leaves_the_best_weights(tmp_path, data, student):
     scores = Scorer.from_pretrained(str(tmp_path / "out"), device="cpu", dtype="float32").score(rows)
     assert np.mean([score.nll for score in scores]) == pytest.approx(lines[best]["eval_loss"], rel=1e-5)
     assert not list((tmp_path / "out").glob("best-*"))
-    # A run that was stopped on the way comes to the same.
-    run_until(summary.best_step + 1, data, student, tmp_path / "parts", **settings)
-    assert run(data, student, tmp_path / "parts", **settings).best_step == summary.best_step
-    assert metrics(tmp_path / "parts") == metrics(tmp_path / "out")
+    # A run that was stopped on the way comes to the same, whatever had been kept by then.
+    best = summary.best_step
+    for name, stops, how in (("a", best + 1, KeyboardInterrupt), ("b", 1, DiedError), ("c", best + 1, DiedError)):
+        parts = tmp_path / name
+        run_until(stops, data, student, parts, how=how, save_every=best - 1, **settings)
+        assert run(data, student, parts, save_every=best - 1, **settings).best_step == best
+        assert metrics(parts) == metrics(tmp_path / "out")
+        ours, theirs = (tensors(out / "model.safetensors") for out in (parts, tmp_path / "out"))
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_max_steps_end_the_schedule(tmp_path, data, student):

@@ -19,13 +19,13 @@ import lark_fast
 from lark_fast.errors import UserError
 from lark_fast.files import atomic_open, refuse_overlap, writing_to
 from lark_fast.interrupts import Interrupts
+from lark_fast.lock import refuse_taken
 from lark_fast.pool.keys import KeyTable
 from lark_fast.pool.reading import Pool
 from lark_fast.progress import Progress, Throughput, track
 from lark_fast.rendering.renderer import Renderer, RenderOptions
 from lark_fast.scoring.export import export_lark_json
 from lark_fast.scoring.feed import Feed, Trajectory, default_workers
-from lark_fast.scoring.lock import refuse_taken
 from lark_fast.scoring.metrics import MetricsLog
 from lark_fast.scoring.store import ScoreStore, read_manifest
 from lark_fast.scoring.summary import ScoreSummary

@@ -19,9 +19,9 @@ import pyarrow as pa
 
 from lark_fast.errors import UserError
 from lark_fast.files import TEMPORARY_SUFFIX, write_json, writing_to
+from lark_fast.lock import DirectoryLock
 from lark_fast.scoring.finishing import add_learnability
 from lark_fast.scoring.journal import Journal
-from lark_fast.scoring.lock import DirectoryLock
 from lark_fast.scoring.parts import part_files, part_number, part_path, schema, scored_keys, write_part
 
 FORMAT = 1

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lark_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from lark_fast.kernels.token_stats import token_stats
-from lark_fast.student import Student, stop_before_head
+from lark_fast.student import Student, refuse_adapted_head, stop_before_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,12 +37,7 @@ class HeadLoss:
 
     def __init__(self, model: "PreTrainedModel") -> None:
         output = model.get_output_embeddings()
-        # Their ``weight`` is that of the layer underneath, without what the adapter has learned.
-        if hasattr(output, "base_layer") or hasattr(output, "token_adapter"):
-            raise ValueError(
-                f"the output embedding carries a PEFT adapter ({type(output).__name__}), which a loss without logits "
-                "would leave out: take it out of target_modules, or train the whole head as one of modules_to_save"
-            )
+        refuse_adapted_head(output)
         with torch.autocast(output.weight.device.type, enabled=False):  # which would blur the look at its logits
             self.model, self._student = model, Student(model)
         self._own: list[Any] = []  # while it is on: what stood in model.forward before

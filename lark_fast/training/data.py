@@ -58,13 +58,14 @@ class TrainingSet:
         return named + (f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else "")
 
 
-def load_training_set(path: str, renderer: Renderer, *, weighted: bool = True) -> TrainingSet:
+def load_training_set(path: str, renderer: Renderer, *, weighted: bool = True, quiet: bool = False) -> TrainingSet:
     """Read and render a training file.
 
     Args:
         path: file, directory or glob in any pool format.
         renderer: the student's.
         weighted: read the weights and drop rows of weight 0; otherwise every row weighs 1.
+        quiet: another rank says what there is to say.
 
     Raises:
         UserError: a row that cannot be trained on, by file, line and reason; nothing to train on.
@@ -73,7 +74,7 @@ def load_training_set(path: str, renderer: Renderer, *, weighted: bool = True) -
     ids, scored, starts = array("i"), bytearray(), array("q", [0])
     weights, lines, sources, keys = array("d"), array("q"), [], []
     dropped = truncated = 0
-    any_weight = False
+    any_weight, without = False, ""  # the first row that has none
     with track("reading", pool.total_bytes) as progress:
         for record in pool.read():
             try:
@@ -81,6 +82,10 @@ def load_training_set(path: str, renderer: Renderer, *, weighted: bool = True) -
                     raise RejectError(record.reason)
                 weight = _weight(record) if weighted else None
                 any_weight |= weight is not None
+                if weighted and weight is None and not without:
+                    without = f"{record.source}:{record.line}"
+                if any_weight and without:
+                    raise UserError(f"{without}: this row has no weight where others have one; give all one, or none")
                 weight = 1.0 if weight is None else weight
                 if weight == 0:
                     dropped += 1
@@ -97,7 +102,7 @@ def load_training_set(path: str, renderer: Renderer, *, weighted: bool = True) -
             keys.append(_key(record))
             truncated += rendered.truncated
             progress.update(pool.bytes_read, f"{len(weights):,} trajectories")
-    if weighted and weights and not any_weight:
+    if weighted and weights and not any_weight and not quiet:
         print(f"lark-fast: {path}: no row has a weight, so every trajectory counts alike", file=sys.stderr)
     if not weights:
         raise UserError(f"{path}: no trajectory to train on{f' ({dropped} rows have weight 0)' if dropped else ''}")

@@ -86,6 +86,7 @@ class Loop:
                 started = time.monotonic()
                 measured = trainer.measure(done)
                 if fault := guard.fault(measured.loss, measured.grad_norm):
+                    state.agreed = True
                     raise UserError(
                         f"step {done + 1}: {fault}; training stops before it. Its rows: "
                         f"{trainer.data.where(measured.rows)}"
@@ -102,7 +103,10 @@ class Loop:
                 going = self._evaluate(done)
                 # The ranks stop after the same step, or one would wait for the others for ever.
                 if self.world.size > 1 and self.world.any(interrupts.waiting, trainer.student.device):
+                    state.agreed = True
                     raise KeyboardInterrupt
+            if self.config.save_every:
+                state.save()  # what follows may fail too
         return timing
 
     @contextmanager
@@ -113,7 +117,8 @@ class Loop:
             try:
                 yield state
             except (KeyboardInterrupt, torch.OutOfMemoryError, UserError):
-                if state.whole and state.done > state.saved:
+                # All ranks write a state together: what has befallen one of them, the others do not know.
+                if state.whole and (self.world.size == 1 or state.agreed):
                     state.save()
                 raise
 
@@ -188,8 +193,11 @@ class _State:
     def __init__(self, loop: Loop) -> None:
         self.loop, self.done, self.saved = loop, 0, 0
         self.whole = True  # weights, optimiser and log all stand at ``done`` steps
+        self.agreed = False  # all ranks stop here, and know it
 
     def save(self) -> None:
+        if self.done == self.saved:
+            return
         trainer = self.loop.trainer
         self.loop.directory.save(self.done, trainer.trained, trainer.optimizer)
         self.saved = self.done

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lark_fast.batch import Inputs
 from lark_fast.errors import UserError
 from lark_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from lark_fast.kernels.token_stats import token_stats
-from lark_fast.student import Student
+from lark_fast.student import Student, refuse_adapted_head
 from lark_fast.training.config import LoraOptions, TrainConfig
 from lark_fast.training.world import World
 
@@ -103,7 +104,9 @@ def _add_adapters(student: Student, options: LoraOptions) -> "PeftModel":
         base_model_name_or_path=student.path,
     )
     try:
-        return get_peft_model(student.model, config)  # the layers in the model itself become adapted ones
+        adapters = get_peft_model(student.model, config)  # the layers in the model itself become adapted ones
+        refuse_adapted_head(student.model.get_output_embeddings())
+        return adapters
     except ValueError as error:
         raise UserError(f"--lora-target {' '.join(options.targets)}: {' '.join(str(error).split())[:300]}") from error
 
@@ -121,3 +124,11 @@ def _shard(loss: WeightedLoss, student: Student, *, bfloat16: bool) -> None:
     for layer in student.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(loss, mesh=mesh, mp_policy=policy)
+
+
+def release_parameters(loss: WeightedLoss) -> None:
+    """After a forward pass that no backward pass follows: the root would stay whole, and others would take its
+    parameters for shards, or change the shards behind its back."""
+    for module in loss.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -41,10 +41,12 @@ def write_checkpoint(
     wholes: dict[int, torch.Tensor] = {}  # tensors of two names stay one
     for tensor in named.values():
         if id(tensor) not in wholes:
-            wholes[id(tensor)] = _whole(tensor, dtype if adapters is None else tensor.dtype)
-    weights = {name: wholes[id(tensor)] for name, tensor in named.items()}
+            whole = _whole(tensor, dtype if adapters is None else tensor.dtype)
+            if trainer.world.main:
+                wholes[id(tensor)] = whole
     if not trainer.world.main:
         return
+    weights = {name: wholes[id(tensor)] for name, tensor in named.items()}
     directory = student_files(student.path)
     # The tokenizer's files are copied as they are: loading and saving one again may change how it splits.
     for pattern in (*TOKENIZER_FILES, *(["*.py"] if with_code else [])):

@@ -14,7 +14,7 @@ from lark_fast.files import refuse_overlap
 from lark_fast.flop import matmul_ceiling
 from lark_fast.interrupts import Interrupts
 from lark_fast.rendering.renderer import Renderer
-from lark_fast.student import fingerprint, load_student, multiplies_bfloat16, student_files
+from lark_fast.student import Student, choose_device, fingerprint, load_student, multiplies_bfloat16, student_files
 from lark_fast.training.card import data_manifest, model_card
 from lark_fast.training.config import TrainConfig, TrainSummary
 from lark_fast.training.data import TrainingSet, load_training_set
@@ -31,7 +31,7 @@ IDENTITY = (
     "epochs", "max_steps", "lr", "global_batch", "warmup_ratio", "weight_decay", "betas", "clip", "optimizer",
     "stochastic_rounding", "loss_norm", "seed", "eval_every", "patience",
 )  # fmt: skip
-LORA_IDENTITY = ("rank", "alpha", "dropout", "targets")
+LORA_IDENTITY = ("rank", "alpha", "dropout", "targets", "merge")
 
 
 def train(config: TrainConfig) -> TrainSummary:
@@ -54,18 +54,25 @@ def _train(config: TrainConfig, world: World, device: str) -> TrainSummary:
     files = {"--data": config.data, "--eval-data": config.eval_data, "--probe": config.probe}
     read = {option: [Path(path)] for option, path in files.items() if path is not None}
     refuse_overlap(config.out, {"--student": [student_files(config.student)], **read})
-    student = load_student(config.student, device=device, dtype="float32", trust_remote_code=config.trust_remote_code)
     # On an EPYC with avx512_bf16 a step is 1.05 to 1.3 times as fast for students of 1 to 160 M parameters.
-    bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and multiplies_bfloat16(student.device))
+    bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and multiplies_bfloat16(choose_device(device)))
     if config.stochastic_rounding and not bfloat16:
         raise UserError("--stochastic-rounding is for bfloat16, which this device has not; give --dtype bfloat16")
-    if bfloat16 and (config.lora or config.stochastic_rounding):
-        student.model.to(torch.bfloat16)  # not trained, or rounded stochastically: no float32 copy is needed
+    if config.stochastic_rounding and world.size > 1:
+        raise UserError("--stochastic-rounding is for one process: over ranks, float32 weights are spread anyway")
+    # What is not trained, or rounded stochastically, needs no float32 copy.
+    low = bfloat16 and (config.lora is not None or config.stochastic_rounding)
+    student = load_student(
+        config.student,
+        device=device,
+        dtype="bfloat16" if low else "float32",
+        trust_remote_code=config.trust_remote_code,
+    )
     options = config.options.fitting(student.max_positions)
     renderer = Renderer(student.tokenizer, options, vocab_size=student.vocab_size, chat_template=config.chat_template)
-    data = load_training_set(config.data, renderer)
+    data = load_training_set(config.data, renderer, quiet=not world.main)
     held_out, probe = (
-        None if path is None else load_training_set(path, renderer, weighted=False)
+        None if path is None else load_training_set(path, renderer, weighted=False, quiet=not world.main)
         for path in (config.eval_data, config.probe)
     )
     if data.truncated and world.main:
@@ -82,14 +89,29 @@ def _train(config: TrainConfig, world: World, device: str) -> TrainSummary:
         "lora": config.lora and {name: getattr(config.lora, name) for name in LORA_IDENTITY},
         **asdict(options),
     }
-    directory = RunDirectory(config.out, identity, overwrite=config.overwrite, world=world)
+    with RunDirectory(config.out, identity, overwrite=config.overwrite, world=world) as directory:
+        return _train_into(directory, student, data, held_out, probe, config, bfloat16=bfloat16)
+
+
+def _train_into(
+    directory: RunDirectory,
+    student: Student,
+    data: TrainingSet,
+    held_out: TrainingSet | None,
+    probe: TrainingSet | None,
+    config: TrainConfig,
+    *,
+    bfloat16: bool,
+) -> TrainSummary:
+    """What is left of the run whose directory it is."""
+    world = directory.world
     if directory.complete:
         if world.main:
             directory.forget_states()
         return _summary(directory, already_complete=True)
     if config.packing and student.unpackable and world.main:
         print(f"lark-fast: trajectories are padded, not packed: {student.unpackable}", file=sys.stderr)
-    trackers = Trackers(config, identity, directory.steps_kept, silent=not world.main)
+    trackers = Trackers(config, directory.identity, directory.steps_kept, silent=not world.main)
     devices = [student.device] if student.device.type == "cuda" else []
     with torch.random.fork_rng(devices), Interrupts() as interrupts:
         try:

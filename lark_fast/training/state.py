@@ -15,7 +15,7 @@ A resume state is written under a temporary name, flushed and renamed, so at any
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from lark_fast.errors import UserError
 from lark_fast.files import TEMPORARY_SUFFIX, atomic_path, fsync_directory, write_json
+from lark_fast.lock import LOCK, DirectoryLock
 from lark_fast.training.world import ALONE, World
 
 MANIFEST, METRICS, CHECKPOINT = "manifest.json", "metrics.jsonl", "checkpoint"
@@ -55,9 +56,12 @@ class RunDirectory:
     ) -> None:
         self.path, self.world = Path(directory), world
         self.identity = json.loads(json.dumps(identity))
+        self._lock = DirectoryLock(self.path)
         if world.main:
             with self._writing():
                 self.path.mkdir(parents=True, exist_ok=True)
+                self._read_manifest()  # whose directory is it?
+                self._lock.acquire()
                 self.manifest = self._read_manifest()
                 self._remove_leftovers()
                 if self.manifest is not None and overwrite:
@@ -66,7 +70,18 @@ class RunDirectory:
                     self.write_manifest(complete=False)
         world.wait()
         self.manifest = self._read_manifest()
-        self._refuse_another_identity()
+        try:
+            self._refuse_another_identity()
+        except UserError:
+            self._lock.release()
+            raise
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let another run have the directory."""
+        self._lock.release()
 
     @property
     def complete(self) -> bool:
@@ -77,7 +92,7 @@ class RunDirectory:
     def steps_kept(self) -> int:
         """Steps after which a stopped run is to go on; 0 where it begins anew."""
         states = self._states("resume")
-        return int(states[-1].name.removeprefix("resume-")) if states else 0
+        return _steps(states[-1]) if states else 0
 
     def write_manifest(self, *, complete: bool, **facts: Any) -> None:
         """Write manifest.json; ``facts`` are config, counts, versions, timing, files."""
@@ -103,16 +118,21 @@ class RunDirectory:
         moments = {f"{n}.{k}": v for n, state in states.items() for k, v in state.items() if isinstance(v, Tensor)}
         # bitsandbytes counts its steps in a plain number.
         counts = {str(n): state["step"] for n, state in states.items() if isinstance(state["step"], int)}
-        facts = {"steps": steps, "metrics_bytes": 0, "counts": counts}
+        facts = {"steps": steps, "metrics_bytes": 0, "moved": list(states), "counts": counts}
         if self.world.main:
             facts["metrics_bytes"] = (self.path / METRICS).stat().st_size
             with self._writing():
                 _flush(self.path / METRICS)
-        self._save("resume", steps, {"weights": trained, "optimizer": moments}, facts)
+        self._save("resume", steps, {"weights": trained, "optimizer": moments}, facts, self._states("resume"))
 
     def save_best(self, steps: int, trained: Mapping[str, Tensor]) -> None:
-        """Keep the weights after ``steps`` steps in place of the best so far."""
-        self._save("best", steps, {"weights": trained}, {"steps": steps})
+        """Keep the weights after ``steps`` steps in place of the best so far.
+
+        The best at the time of the last resume state stays too: a run that goes on from there needs it.
+        """
+        older = self._states("best")
+        known = [state for state in older if _steps(state) <= self.steps_kept]
+        self._save("best", steps, {"weights": trained}, {"steps": steps}, [s for s in older if s not in known[-1:]])
 
     def load_best(self, trained: Mapping[str, Tensor]) -> int:
         """Load the best weights; the steps they were best after."""
@@ -130,7 +150,12 @@ class RunDirectory:
             UserError: metrics.jsonl has lost lines.
         """
         metrics, states = self.path / METRICS, self._states("resume")
+        later = [best for best in self._states("best") if not states or _steps(best) > _steps(states[-1])]
         self.world.wait()  # until all have looked
+        if self.world.main:
+            with self._writing():
+                for best in later:
+                    _remove(best)
         if not states:
             if self.world.main:
                 with self._writing():
@@ -144,7 +169,7 @@ class RunDirectory:
         if self.world.main:
             with self._writing():
                 os.truncate(metrics, state["metrics_bytes"])
-        _load_moments(states[-1], optimizer, state["counts"], self.world)
+        _load_moments(states[-1], optimizer, state, self.world)
         _load(states[-1], "weights", trained, self.world)
         self.world.wait()
         return state["steps"]
@@ -192,11 +217,18 @@ class RunDirectory:
     def _states(self, kind: str) -> list[Path]:
         """Whole states, oldest first."""
         found = [path for path in self.path.glob(f"{kind}-*") if path.name.removeprefix(f"{kind}-").isdecimal()]
-        return sorted(found, key=lambda path: int(path.name.removeprefix(f"{kind}-")))
+        return sorted(found, key=_steps)
 
-    def _save(self, kind: str, steps: int, parts: Mapping[str, Mapping[str, Tensor]], facts: dict[str, Any]) -> None:
-        """Write a state, every rank its own part of the tensors; older ones of the kind go once it is whole."""
-        final, older = self._name(kind, steps), self._states(kind)
+    def _save(
+        self,
+        kind: str,
+        steps: int,
+        parts: Mapping[str, Mapping[str, Tensor]],
+        facts: dict[str, Any],
+        replaced: Sequence[Path],
+    ) -> None:
+        """Write a state, every rank its own part of the tensors; those that it replaces go once it is whole."""
+        final = self._name(kind, steps)
         temporary = final.with_name(final.name + TEMPORARY_SUFFIX)
         with self._writing():
             if self.world.main:
@@ -210,13 +242,10 @@ class RunDirectory:
             if self.world.main:
                 write_json(temporary / "state.json", facts | {"ranks": self.world.size})
                 fsync_directory(temporary)
-                if final in older:
-                    _remove(final)
                 os.replace(temporary, final)
                 fsync_directory(self.path)
-                for state in older:
-                    if state != final:
-                        _remove(state)
+                for state in replaced:
+                    _remove(state)
             self.world.wait()
 
     @contextmanager
@@ -248,7 +277,7 @@ class RunDirectory:
         try:
             manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            if any(path.name != MANIFEST + TEMPORARY_SUFFIX for path in self.path.iterdir()):
+            if any(path.name not in (LOCK, MANIFEST + TEMPORARY_SUFFIX) for path in self.path.iterdir()):
                 raise UserError(f"--out {self.path}: holds other files; give an empty or a new directory") from None
             return None
         except ValueError:
@@ -294,6 +323,11 @@ def _flush(file: Path) -> None:
         os.fsync(stream.fileno())
 
 
+def _steps(state: Path) -> int:
+    """After how many steps a state was kept."""
+    return int(state.name.rpartition("-")[2])
+
+
 def _of_rank(rank: int, size: int) -> str:
     return "" if size == 1 else f"-{rank}-of-{size}"
 
@@ -320,22 +354,23 @@ def _optimizer_states(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, A
     return {n: optimizer.state[parameter] for n, parameter in enumerate(parameters) if parameter in optimizer.state}
 
 
-def _load_moments(state: Path, optimizer: torch.optim.Optimizer, counts: dict[str, int], world: World) -> None:
+def _load_moments(path: Path, optimizer: torch.optim.Optimizer, state: dict[str, Any], world: World) -> None:
     """An optimiser makes its moments in its first step: let it, with a rate of 0, then fill them in."""
     rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number in state["moved"]:
+        parameters[number].grad = torch.zeros_like(parameters[number], dtype=parameters[number].grad_dtype)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
     optimizer.step()
     optimizer.zero_grad()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    states = _optimizer_states(optimizer)
-    moments = {f"{n}.{k}": v for n, state in states.items() for k, v in state.items() if isinstance(v, Tensor)}
-    _load(state, "optimizer", moments, world)
-    for number, count in counts.items():
-        states[int(number)]["step"] = count
+    made = _optimizer_states(optimizer)
+    moments = {f"{n}.{k}": v for n, one in made.items() for k, v in one.items() if isinstance(v, Tensor)}
+    _load(path, "optimizer", moments, world)
+    for number, count in state["counts"].items():
+        made[int(number)]["step"] = count
 
 
 @torch.no_grad()

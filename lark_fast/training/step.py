@@ -15,7 +15,7 @@ from lark_fast.student import Student
 from lark_fast.training.batches import collate, default_tokens, global_batch, micro_batches, of_rank, steps_per_epoch
 from lark_fast.training.config import TrainConfig
 from lark_fast.training.data import TrainingSet
-from lark_fast.training.model import prepare
+from lark_fast.training.model import prepare, release_parameters
 from lark_fast.training.objective import learning_rate, mean_weight, token_weights
 from lark_fast.training.optimizers import make_optimizer
 from lark_fast.training.world import ALONE, World
@@ -85,8 +85,9 @@ class Trainer:
                     loss_norm=config.loss_norm,
                 )
                 # Sharded gradients are averaged over the ranks, and their sum is meant.
-                factors = np.repeat(factors * ranks, data.n_scored[own]).astype(np.float32)
-                loss = self.loss(batch.on(device), torch.from_numpy(factors).to(device, non_blocking=True))
+                factors = torch.from_numpy(np.repeat(factors * ranks, data.n_scored[own]).astype(np.float32))
+                factors = factors.pin_memory() if device.type == "cuda" else factors
+                loss = self.loss(batch.on(device), factors.to(device, non_blocking=True))
                 loss.backward()
                 objective += loss.detach() / ranks
         norm = self._clip()
@@ -118,6 +119,7 @@ class Trainer:
                 nll = self.loss(batch.on(self.student.device))
                 if places:
                     found[torch.cat(places)] = nll.cpu()
+        release_parameters(self.loss)
         return self.world.sum(found.to(self.student.device)).cpu() if self.world.size > 1 else found
 
     def _batches(self, data: TrainingSet, rows: np.ndarray) -> Iterator[Batch]:

@@ -26,7 +26,7 @@ class Trackers:
         silent: tell nobody (ranks but the first).
 
     Raises:
-        UserError: one is not installed.
+        UserError: one is not installed, or does not start.
     """
 
     def __init__(self, config: TrainConfig, identity: dict[str, Any], first: int, *, silent: bool = False) -> None:
@@ -37,6 +37,8 @@ class Trackers:
                 self._trackers.append(kind(config, identity, first))
             except ImportError as error:
                 raise UserError(f"--track {name} needs it: pip install 'lark-fast[{name}]'") from error
+            except Exception as error:  # of a program of its own: no key, no network, no room
+                raise UserError(f"--track {name}: it does not start: {' '.join(str(error).split())[:300]}") from error
 
     def log(self, line: dict[str, Any]) -> None:
         """A line of metrics.jsonl."""

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lark_fast.student import choose_device
+
 TIMEOUT = timedelta(minutes=30)  # rank 0 may be writing a checkpoint while the others wait
 
 
@@ -50,16 +52,17 @@ def started_by_torchrun(device: str) -> Iterator[tuple[World, str]]:
 
     Args:
         device: what the user asked for: under torchrun "auto" and "cuda" become this rank's own GPU.
+
+    Raises:
+        UserError: this rank has no GPU of its own.
     """
     if not dist.is_torchelastic_launched():
         yield ALONE, device
         return
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    place = choose_device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
     if cuda:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(torch.device(device))
+        torch.cuda.set_device(place)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
-    try:
-        yield World(dist.get_rank(), dist.get_world_size()), device if cuda else "cpu"
-    finally:
-        dist.destroy_process_group()
+    yield World(dist.get_rank(), dist.get_world_size()), str(place)
+    dist.destroy_process_group()  # not where one rank has failed: the others would not answer
