@@ -22,7 +22,7 @@ def finished(tmp_path_factory):
         patch.setattr(sys, "argv", ["policies", *arguments, *ARGUMENTS])
         policies.main()
         first = (folder / "out" / "policies.json").read_bytes()
-        written = {path: path.stat().st_mtime_ns for path in (folder / "out").glob("run-*/*")}
+        written = {path: path.stat().st_mtime_ns for path in (folder / "out").glob("run-*/[!.]*")}
         policies.main()
     return folder / "out", first, written
 
@@ -54,7 +54,7 @@ def test_held_out_problems_are_in_no_selection(finished):
 
 def test_a_finished_run_is_not_run_again(finished):
     out, first, written = finished
-    assert {path: path.stat().st_mtime_ns for path in out.glob("run-*/*")} == written
+    assert {path: path.stat().st_mtime_ns for path in out.glob("run-*/[!.]*")} == written
     assert (out / "policies.json").read_bytes() == first
 
 
