@@ -210,8 +210,8 @@ def test_half_a_checkpoint_does_not_look_whole(tmp_path, data, student, monkeypa
     assert (out / "model.safetensors").exists()
     assert not (out / "config.json").exists()
     assert not json.loads((out / "manifest.json").read_text())["complete"]
-    RunDirectory(out, {}, overwrite=True)
-    assert [path.name for path in out.iterdir()] == ["manifest.json"]
+    with RunDirectory(out, {}, overwrite=True):
+        assert {path.name for path in out.iterdir()} == {".lock", "manifest.json"}
 
 
 def test_a_run_half_thrown_away_is_not_complete(tmp_path, data, student, monkeypatch):

@@ -84,8 +84,6 @@ def load_training_set(path: str, renderer: Renderer, *, weighted: bool = True, q
                 any_weight |= weight is not None
                 if weighted and weight is None and not without:
                     without = f"{record.source}:{record.line}"
-                if any_weight and without:
-                    raise UserError(f"{without}: this row has no weight where others have one; give all one, or none")
                 weight = 1.0 if weight is None else weight
                 if weight == 0:
                     dropped += 1
@@ -93,6 +91,8 @@ def load_training_set(path: str, renderer: Renderer, *, weighted: bool = True, q
                 rendered = renderer(record)
             except RejectError as error:
                 raise UserError(f"{record.source}:{record.line}: {error}") from error
+            if any_weight and without:
+                raise UserError(f"{without}: this row has no weight where others have one; give all one, or none")
             ids.extend(rendered.input_ids)
             scored.extend(label != NOT_SCORED for label in rendered.labels)
             starts.append(len(ids))

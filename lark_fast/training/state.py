@@ -60,8 +60,9 @@ class RunDirectory:
         if world.main:
             with self._writing():
                 self.path.mkdir(parents=True, exist_ok=True)
-                self._read_manifest()  # whose directory is it?
-                self._lock.acquire()
+                found = self._read_manifest()  # whose directory is it?
+                if overwrite or found is None or not found["complete"]:  # what is complete is only read
+                    self._lock.acquire()
                 self.manifest = self._read_manifest()
                 self._remove_leftovers()
                 if self.manifest is not None and overwrite:
@@ -80,8 +81,10 @@ class RunDirectory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let another run have the directory."""
+        """Let another run have the directory; what is complete needs no lock, and goes wherever its owner sends it."""
         self._lock.release()
+        if self.world.main and self.complete:
+            self._lock.path.unlink(missing_ok=True)
 
     @property
     def complete(self) -> bool:
