@@ -1,7 +1,6 @@
 """Training over ranks, started by torchrun as a user does: the same curve, the same checkpoint, the same resume."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from lark_fast import Scorer
 from lark_fast.training.config import LoraOptions
 from tests.command import ENVIRONMENT
+from tests.templates import CHATML
+from tests.tiny import byte_level_tokenizer, tiny_qwen2
 from tests.training_runs import metrics, run, save_student, weighted_rows, write_data
 
 SETTINGS = {"--epochs": 4, "--global-batch": 5, "--lr": 3e-3, "--device": "cpu", "--dtype": "float32"}
@@ -33,7 +34,8 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    return save_student(tmp_path_factory.mktemp("student"))
+    """With tied embeddings: one tensor of two names, and one gather."""
+    return save_student(tmp_path_factory.mktemp("student"), tiny_qwen2(len(byte_level_tokenizer(CHATML))))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def assert_as_alone(out, done, ranks, alone):
     assert ours.keys() == theirs.keys()
     moved = max((ours[name] - theirs[name]).norm() / theirs[name].norm() for name in ours)
     assert moved < 1e-2  # Adam turns rounding into steps of full size wherever a gradient is near zero
-    assert AutoModelForCausalLM.from_pretrained(out).config.architectures == ["LlamaForCausalLM"]
+    assert AutoModelForCausalLM.from_pretrained(out).config.architectures == ["Qwen2ForCausalLM"]
 
 
 def test_two_ranks_are_one(two, alone):
@@ -137,10 +139,11 @@ def test_stopped_and_gone_on_with(tmp_path, data, student, alone, how, ranks):
 
 def kill_family(process):
     """torchrun and its ranks, all at once."""
-    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
-    for pid in family:
-        os.kill(pid, signal.SIGKILL)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        member.kill()
     process.wait(60)
+    assert not psutil.wait_procs(family, timeout=60)[1]
 
 
 def test_the_same_ranks_come_to_the_same_bits(tmp_path, data, student, two):

@@ -485,10 +485,12 @@ def test_tensorboard_draws_what_is_logged_once(tmp_path, data, student):
 
 
 def test_weights_and_biases_offline(tmp_path, data, student, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    run(data, student, tmp_path / "out", epochs=1, trackers=("wandb",))
-    assert list((tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb"))
+    # In a process of its own: its service lives as long as the process.
+    monkeypatch.setitem(command.ENVIRONMENT, "WANDB_MODE", "offline")
+    command.run(
+        "train", "--data", data, "--student", student, "--out", tmp_path / "out", "--epochs", 1, "--track", "wandb"
+    )
+    assert list((out / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
 def test_the_live_line(tmp_path, data, student, capsys):

@@ -38,12 +38,11 @@ def write_checkpoint(
     """
     student, adapters = trainer.student, trainer.adapters
     named = student.model.state_dict(keep_vars=True) if adapters is None else trainer.trained
-    wholes: dict[int, torch.Tensor] = {}  # tensors of two names stay one
+    wholes: dict[int, torch.Tensor | None] = {}  # tensors of two names stay one, and are gathered once by all ranks
     for tensor in named.values():
         if id(tensor) not in wholes:
             whole = _whole(tensor, dtype if adapters is None else tensor.dtype)
-            if trainer.world.main:
-                wholes[id(tensor)] = whole
+            wholes[id(tensor)] = whole if trainer.world.main else None
     if not trainer.world.main:
         return
     weights = {name: wholes[id(tensor)] for name, tensor in named.items()}
