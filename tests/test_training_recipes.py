@@ -487,9 +487,8 @@ def test_tensorboard_draws_what_is_logged_once(tmp_path, data, student):
 def test_weights_and_biases_offline(tmp_path, data, student, monkeypatch):
     # In a process of its own: its service lives as long as the process.
     monkeypatch.setitem(command.ENVIRONMENT, "WANDB_MODE", "offline")
-    command.run(
-        "train", "--data", data, "--student", student, "--out", tmp_path / "out", "--epochs", 1, "--track", "wandb"
-    )
+    out = tmp_path / "out"
+    command.run("train", "--data", data, "--student", student, "--out", out, "--epochs", 1, "--track", "wandb")
     assert list((out / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
