@@ -17,3 +17,12 @@ def forks(tmp_path_factory):
     started = Forks(tmp_path_factory.mktemp("prints"))
     yield started
     started.close()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """As ENVIRONMENT in command.py has it for other processes: sums in another order have other last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -24,12 +24,7 @@ from tests.training_runs import metrics, run, save_student, weighted_rows, write
 ALL_AT_ONCE = 5  # run()'s global batch
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -24,12 +24,7 @@ SETTINGS = {"--epochs": 4, "--global-batch": 5, "--lr": 3e-3, "--device": "cpu",
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

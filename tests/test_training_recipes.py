@@ -33,12 +33,7 @@ LORA = LoraOptions(rank=4, alpha=8, dropout=0.1)
 STEPS = {"epochs": 8, "global_batch": 2, "lr": 1e-3}  # 48
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

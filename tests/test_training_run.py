@@ -28,13 +28,7 @@ from tests.training_runs import metrics, run, save_student, weighted_rows, write
 LONG = {"epochs": 8, "global_batch": 2, "lr": 1e-3}  # 48 steps
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    # As ENVIRONMENT has it for other processes: sums in another order have other last bits.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
