@@ -255,7 +255,8 @@ def test_a_signal_in_the_last_pass_of_a_window(tmp_path, forks, pool, student, w
 def test_a_signal_while_it_waits_for_input(tmp_path, forks, pool, student, number):
     out = tmp_path / "s"
     run = forks.start(*score(pool, student, out, "--workers", 1), before=QUICK)
-    wait_for(lambda: tree(run.pid), run)
+    # Not before it is a program of its own: until then it runs in its parent's memory, and the parent waits for it.
+    wait_for(lambda: any("lark_fast.scoring.workers" in " ".join(p.cmdline()) for p in tree(run.pid)), run)
     (worker,) = tree(run.pid)
     worker.suspend()
     time.sleep(0.3)
