@@ -5,6 +5,7 @@ import json
 import math
 import tracemalloc
 from collections import Counter, defaultdict
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -13,111 +14,15 @@ import pytest
 
 from lark_fast.errors import UserError
 from lark_fast.kernels.chi2 import chi2_weights
-from lark_fast.pool.records import normalise
 from lark_fast.scoring.store import ScoreStore
 from lark_fast.selection import scored_rows
+from lark_fast.selection.matching import RowIndex
 from lark_fast.selection.run import SelectConfig, select
 from lark_fast.selection.scored_rows import ScoredRows
+from tests.selections import COLUMNS, NUMBERS, RAGGED, Setup, raw, read_lines, score_row, write_pool, write_scores
 
 NAN, INF = math.nan, math.inf
 POLICIES = ("chi2", "topb", "random", "nll", "rsr")
-
-
-def raw(problem, candidate, teacher="alpha", **columns):
-    messages = [
-        {"role": "user", "content": f"Question {problem}?"},
-        {"role": "assistant", "content": f"Answer {candidate} to {problem}: é, 漢, \u2028."},
-    ]
-    return {"problem_id": problem, "candidate_id": candidate, "teacher": teacher, "messages": messages} | columns
-
-
-def write_pool(path, raws):
-    path.write_text("".join(json.dumps(row) + "\n" for row in raws), encoding="utf-8")
-    return path
-
-
-def score_row(row, g_hat, *, source="pool.jsonl", nll=1.0, rsr=2.0, n_tokens=10, ordinal=0):
-    record = normalise(row, ordinal=ordinal)
-    return {
-        "problem_id": record.key[0],
-        "candidate_id": record.key[1],
-        "teacher": record.teacher,
-        "source": source,
-        "n_tokens": n_tokens,
-        "nll": nll,
-        "rsr": rsr,
-        "g_hat": g_hat,
-        "content_hash": record.content_hash(),
-    }
-
-
-COLUMNS = pa.schema(
-    [(name, pa.string()) for name in ("problem_id", "candidate_id", "teacher", "source")]
-    + [("n_tokens", pa.int32()), *((name, pa.float64()) for name in ("nll", "rsr", "g_hat"))]
-    + [("content_hash", pa.binary(16))]
-)
-
-
-def write_scores(directory, rows, *, complete=True, parts=1, rejected=()):
-    directory.mkdir(exist_ok=True)
-    for number, share in enumerate(np.array_split(np.arange(len(rows)), parts)):
-        table = pa.Table.from_pylist([rows[index] for index in share], COLUMNS)
-        pq.write_table(table, directory / f"part-{number:06d}.parquet", compression="zstd")
-    manifest = {"format": 1, "complete": complete, "brier": "brier", "identity": {"student": "abc"}}
-    (directory / "manifest.json").write_text(json.dumps(manifest))
-    lines = [json.dumps({"source": str(s), "line": n, "reason": "no"}) + "\n" for s, n in rejected]
-    (directory / "rejected.jsonl").write_text("".join(lines))
-    return directory
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-
-
-class Setup:
-    """A pool file, its scores, and a way to select from them."""
-
-    def __init__(self, tmp_path, problems, *, shuffle=None, parts=1, rejected=(), extra_pool=()):
-        """``problems``: {problem_id: [g_hat, ...]}."""
-        self.path = tmp_path
-        rng = np.random.default_rng(0)
-        self.raws, self.rows = [], []
-        for problem, energies in problems.items():
-            for candidate, g_hat in enumerate(energies):
-                row = raw(problem, candidate, teacher=("alpha", "beta")[candidate % 2], level=candidate)
-                self.raws.append(row)
-                numbers = {"nll": rng.uniform(0.1, 2), "rsr": rng.uniform(1, 9), "n_tokens": int(rng.integers(5, 50))}
-                self.rows.append(score_row(row, g_hat, **numbers))
-        pool = [*self.raws, *extra_pool]
-        if shuffle is not None:
-            pool = [pool[i] for i in np.random.default_rng(shuffle).permutation(len(pool))]
-        self.pool = write_pool(tmp_path / "pool.jsonl", pool)
-        self.scores = write_scores(tmp_path / "scores", self.rows, parts=parts, rejected=rejected)
-        self.out = tmp_path / "selection"
-
-    def config(self, **settings):
-        defaults = {"scores": str(self.scores), "pool": (str(self.pool),), "out": str(self.out)}
-        return SelectConfig(**(defaults | settings))
-
-    def select(self, **settings):
-        """(summary, lines)"""
-        settings.setdefault("overwrite", True)
-        summary = select(self.config(**settings))
-        return summary, read_lines(self.out / "train.jsonl")
-
-    def weights(self, **settings):
-        """{(problem, candidate): weight}"""
-        lines = self.select(**settings)[1]
-        return {(line["meta"]["problem_id"], line["meta"]["candidate_id"]): line["weight"] for line in lines}
-
-
-RAGGED = {
-    "many": list(np.random.default_rng(1).normal(size=37)),
-    7: [0.5, -0.25, 0.125, 2.0, 1.0],
-    "few": [0.1, 0.3],
-    "one": [0.2],
-    8: list(np.random.default_rng(2).normal(size=5)),
-}
 
 
 def test_rows_are_the_pool_in_its_order_with_chi2_weights(tmp_path):
@@ -240,7 +145,7 @@ def test_candidates_without_g_hat_are_dropped_and_reported(tmp_path):
         assert (summary.without_g_hat, summary.problems_without_row, summary.problems) == (4, 1, 3)
         said = "\n".join(summary.lines())
         assert "4 scored trajectories have no g_hat" in said
-        assert "1 problems have no row, for want of any g_hat: 'lost'" in said
+        assert "1 problems have no row, for want of a candidate: 'lost'" in said
     with pytest.raises(UserError, match=r"no candidate of problem 'lost' has a g_hat \(1 such"):
         setup.select(ties="reference")
 
@@ -267,13 +172,13 @@ def test_infinite_scores_name_the_problem(tmp_path, value):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"policy": "best"}, "--policy best: unknown; known are chi2, topb, random, nll, rsr"),
+        ({"policy": "best"}, "--policy best: unknown; known are chi2, topb, kl, random, nll, "),
         ({"ties": "fair"}, "--ties fair: unknown; known are exact, reference"),
         ({"budget": 2, "tau": 1.0}, "--budget and --tau: give one of them"),
         ({"budget": 0}, "--budget 0: must be at least 1"),
         ({"tau": 0.0}, "--tau 0.0: must be a finite number above 0"),
         ({"tau": NAN}, "--tau nan: must be"),
-        ({"tau": 1.0, "policy": "topb"}, "--tau: only the policy chi2 has one"),
+        ({"tau": 1.0, "policy": "topb"}, "--tau: only the policies chi2 and kl have one"),
         ({"tau": 1.0, "ties": "reference"}, "--ties reference: is for"),
         ({"policy": "nll", "ties": "reference"}, "--ties reference: is for"),
         ({"pool": ("nowhere.jsonl",)}, "nowhere.jsonl"),
@@ -438,7 +343,7 @@ def test_an_existing_selection_is_kept_unless_overwritten(tmp_path):
     setup = Setup(tmp_path, RAGGED)
     setup.select(overwrite=False)
     before = {file.name: file.read_bytes() for file in setup.out.iterdir()}
-    assert set(before) == {"train.jsonl", "manifest.json"}
+    assert set(before) == {"train.jsonl", "weights.parquet", "manifest.json"}
     with pytest.raises(UserError, match="holds a selection already; give another directory or --overwrite"):
         setup.select(overwrite=False, budget=1)
     write_pool(setup.pool, setup.raws[:-1])
@@ -479,17 +384,7 @@ def test_manifest_says_what_was_done(tmp_path):
     assert manifest["mean_effective_sample_size"] == summary.mean_effective_sample_size == pytest.approx(sample_size)
     assert manifest["mean_chi2_divergence"] == summary.mean_chi2_divergence == pytest.approx(divergence)
     assert manifest["selected_tokens"] == summary.selected_tokens == tokens
-    assert manifest["config"] == {
-        "scores": str(setup.scores),
-        "pool": [str(setup.pool)],
-        "out": str(setup.out),
-        "budget": 2,
-        "tau": None,
-        "policy": "chi2",
-        "ties": "exact",
-        "seed": 0,
-        "overwrite": True,
-    }
+    assert manifest["config"] == json.loads(json.dumps(asdict(setup.config(budget=2, overwrite=True))))
     counts = manifest["counts"]
     assert (counts["problems"], counts["candidates"], counts["rows"]) == (3, 6, 3)
     assert (counts["without_g_hat"], counts["problems_without_row"]) == (2, 1)
@@ -540,7 +435,7 @@ def test_memory_of_the_scores_is_a_few_words_a_row(tmp_path):
         "teacher": ["alpha"] * n,
         "source": ["pool.jsonl"] * n,
         "n_tokens": np.ones(n, dtype=np.int32),
-        **{name: np.ones(n) for name in ("nll", "rsr", "g_hat")},
+        **{name: np.ones(n) for name in NUMBERS},
         "content_hash": content,
     }
     scores = tmp_path / "scores"
@@ -551,11 +446,12 @@ def test_memory_of_the_scores_is_a_few_words_a_row(tmp_path):
     tracemalloc.start()
     try:
         rows = ScoredRows(scores, ("g_hat",))
+        index = RowIndex(rows)
         held, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(rows) == n
-    assert held < 80 * n
-    # The strings of one batch of 8,192 rows, as Python objects, come and go on top.
-    assert peak < 100 * n + 8192 * 1000
+    assert index.find(("a problem with a rather long name 7", "a candidate with a long name 3")) == 73
+    assert held < 65 * n
+    # The strings of one batch of 32,768 rows, as Python objects, come and go on top.
+    assert peak < 85 * n + 32768 * 300
     assert pa.total_allocated_bytes() - arrow_before < 10 * n

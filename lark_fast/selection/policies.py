@@ -1,29 +1,47 @@
 """How a problem's candidates share its weight: one function a policy, over padded arrays, found by name in POLICIES.
 
-A policy looks at one number a candidate. It gets them as ``[N, K]``, NaN where there is no candidate, candidates in
-the order of the scores, and returns two arrays of that shape: the weights, which sum to 1 in each row that has a
-candidate, and which candidates become training rows.
+A policy looks at some numbers of each candidate, its columns. It gets each as ``[N, K]``, NaN where there is no
+candidate, candidates in the order of the scores, and returns two arrays of that shape: the weights, which sum to 1 in
+each row that has one, and which candidates become training rows.
 """
 
-from collections.abc import Callable
+import importlib
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lark_fast.errors import UserError
 from lark_fast.kernels.chi2 import DEFAULT_BUDGET, chi2_weights
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+Columns = Mapping[str, Floats]
+
+# Columns that are made here, beside those of the scores.
+RANDOM, TEACHER_RANK = "random", "teacher_rank"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyOptions:
-    """What a policy may be told: a budget or, for chi2, tau (see ``chi2_weights``)."""
+    """What a policy may be told.
+
+    Attributes:
+        budget: candidates of a problem, at most (chi2: see ``chi2_weights``).
+        tau: temperature of chi2 or kl, in the units of g_hat.
+        ties: "exact" or "reference", see ``chi2_weights``.
+        band: least and greatest perplexity exp(nll) that the policy "perplexity" takes.
+    """
 
     budget: int | None = None
     tau: float | None = None
     ties: str = "exact"
+    band: tuple[float, float] = (0.0, math.inf)
 
     @property
     def size(self) -> int:
@@ -33,14 +51,16 @@ class PolicyOptions:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The column of the scores that a policy looks at (None: ``random_draws``), and what it makes of it."""
+    """The columns that a policy looks at, what it makes of them, and whether it knows a tau."""
 
-    column: str | None
-    weigh: Callable[[Floats, PolicyOptions], tuple[Floats, Bools]]
+    columns: tuple[str, ...]
+    weigh: Callable[[Columns, PolicyOptions], tuple[Floats, Bools]]
+    has_tau: bool = False
 
 
-def chi2(g_hat: Floats, options: PolicyOptions) -> tuple[Floats, Bools]:
+def chi2(columns: Columns, options: PolicyOptions) -> tuple[Floats, Bools]:
     """LARK's own: the chi-squared regularised maximiser of the expected g_hat."""
+    g_hat = columns["g_hat"]
     weights = chi2_weights(g_hat, options.budget, tau=options.tau, ties=options.ties)
     if options.ties == "reference":
         # The released code writes its top B, boundary ties of weight 0 among them.
@@ -48,24 +68,85 @@ def chi2(g_hat: Floats, options: PolicyOptions) -> tuple[Floats, Bools]:
     return weights, weights > 0
 
 
-def highest(values: Floats, options: PolicyOptions) -> tuple[Floats, Bools]:
-    """The B candidates with the highest values, alike; the first ones among ties."""
-    return lowest(-values, options)
+def kl(columns: Columns, options: PolicyOptions) -> tuple[Floats, Bools]:
+    """The KL-regularised maximiser of the expected g_hat: softmax(g_hat / tau).
+
+    With a tau alone over all candidates; with tau and a budget over the best ``budget``; with a budget alone, tau is
+    each problem's own, such that the perplexity exp(entropy(q)) is the budget (a problem that has no more candidates,
+    or whose best tie, shares alike among these).
+    """
+    g_hat = columns["g_hat"]
+    if options.tau is None:
+        weights = _softmax_of_perplexity(g_hat, options.size)
+    else:
+        held = ~np.isnan(g_hat) if options.budget is None else _first(-g_hat, options.budget)
+        weights = _softmax(np.where(held, g_hat, np.nan), np.full((len(g_hat), 1), options.tau))
+    return weights, weights > 0
 
 
-def lowest(values: Floats, options: PolicyOptions) -> tuple[Floats, Bools]:
+def perplexity(columns: Columns, options: PolicyOptions) -> tuple[Floats, Bools]:
+    """``budget`` of the candidates whose perplexity exp(nll) is in the band, drawn at random, alike."""
+    with np.errstate(over="ignore"):
+        value = np.exp(columns["nll"])
+    inside = (value >= options.band[0]) & (value <= options.band[1])
+    return _alike(_first(np.where(inside, columns[RANDOM], np.nan), options.size))
+
+
+def lowest(column: str) -> Policy:
     """The B candidates with the lowest values, alike; the first ones among ties."""
-    chosen = _first(values, options.size)
-    return chosen / np.maximum(chosen.sum(axis=1, keepdims=True), 1), chosen
+    return Policy((column,), lambda columns, options: _alike(_first(columns[column], options.size)))
+
+
+def highest(column: str) -> Policy:
+    """The B candidates with the highest values, alike; the first ones among ties."""
+    return Policy((column,), lambda columns, options: _alike(_first(-columns[column], options.size)))
 
 
 POLICIES = {
-    "chi2": Policy("g_hat", chi2),
-    "topb": Policy("g_hat", highest),
-    "random": Policy(None, lowest),
-    "nll": Policy("nll", lowest),
-    "rsr": Policy("rsr", lowest),
+    "chi2": Policy(("g_hat",), chi2, has_tau=True),
+    "topb": highest("g_hat"),
+    "kl": Policy(("g_hat",), kl, has_tau=True),
+    "random": lowest(RANDOM),
+    "nll": lowest("nll"),  # naturalness: what the student would say itself
+    "local": lowest("local_nll"),  # the same, step by step (LALP, arXiv 2510.03988)
+    "perplexity": Policy(("nll", RANDOM), perplexity),
+    "entropy": highest("entropy"),  # uncertainty sampling
+    "rsr": lowest("rsr"),  # Rank-Surprisal Ratio, arXiv 2601.14249
+    "rho": highest("rho"),  # the learnability factor's proxy by itself
+    "brier": highest("brier"),  # the squared error norm of EL2N (arXiv 2107.07075), a token
+    "shortest": lowest("n_tokens"),
+    "longest": highest("n_tokens"),
+    "teacher": lowest(TEACHER_RANK),
 }
+
+
+def find_policy(name: str) -> Policy:
+    """A policy by its name, or one's own as ``module:function``.
+
+    The function gets (columns, options) as every policy does, with all numbers of the scores, and returns the weights
+    alone, ``[N, K]``. The module is looked for in the working directory too.
+
+    Raises:
+        UserError: there is no such policy, module or function.
+    """
+    if name in POLICIES:
+        return POLICIES[name]
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise UserError(f"--policy {name}: unknown; known are {', '.join(POLICIES)}, and module:function for one's own")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        weigh = getattr(importlib.import_module(module), function)
+    # Whatever a module raises when it is imported.
+    except Exception as error:
+        raise UserError(f"--policy {name}: cannot be imported ({type(error).__name__}: {error})") from error
+    if not callable(weigh):
+        raise UserError(f"--policy {name}: is no function")
+    return Policy(
+        ("g_hat", "nll", "brier", "entropy", "rank_mean", "rsr", "rho", "n_tokens", RANDOM, TEACHER_RANK),
+        lambda columns, options: _checked(name, weigh(columns, options), columns["g_hat"]),
+    )
 
 
 def random_draws(keys: NDArray[np.uint64], seed: int) -> Floats:
@@ -91,3 +172,47 @@ def _first(values: Floats, count: int) -> Bools:
     chosen = np.zeros(values.shape, dtype=bool)
     np.put_along_axis(chosen, order[:, :count], True, axis=1)
     return chosen & ~np.isnan(values)
+
+
+def _alike(chosen: Bools) -> tuple[Floats, Bools]:
+    return chosen / np.maximum(chosen.sum(axis=1, keepdims=True), 1), chosen
+
+
+def _softmax(energies: Floats, tau: Floats) -> Floats:
+    """softmax(e / tau) of each row, ``[N, K]`` and ``[N, 1]`` -> ``[N, K]``; 0 where e is NaN."""
+    best = np.max(energies, axis=1, keepdims=True, initial=-np.inf, where=~np.isnan(energies))
+    with np.errstate(over="ignore"):
+        weights = np.exp((energies - np.where(np.isfinite(best), best, 0.0)) / tau)
+    weights[np.isnan(energies)] = 0.0
+    return weights / np.maximum(weights.sum(axis=1, keepdims=True), 1.0)
+
+
+def _softmax_of_perplexity(energies: Floats, target: int) -> Floats:
+    """softmax(e / tau) with the tau at which exp(entropy) is ``target``, by bisection; it grows with tau."""
+    valid = ~np.isnan(energies)
+    count = valid.sum(axis=1, keepdims=True)
+    spread = np.nanmax(np.where(valid, energies, -np.inf), axis=1, keepdims=True, initial=-np.inf) - np.nanmin(
+        np.where(valid, energies, np.inf), axis=1, keepdims=True, initial=np.inf
+    )
+    unit = np.where((count > 0) & (spread > 0), spread, 1.0)
+    low, high = np.full(count.shape, -40.0), np.full(count.shape, 40.0)  # log2 of tau in units of the spread
+    for _ in range(60):
+        middle = (low + high) / 2
+        weights = _softmax(energies, unit * np.exp2(middle))
+        entropy = -(weights * np.log(np.where(weights > 0, weights, 1.0))).sum(axis=1, keepdims=True)
+        wide = np.exp(entropy) >= target
+        low, high = np.where(wide, low, middle), np.where(wide, middle, high)
+    alike = valid / np.maximum(count, 1)
+    return np.where(count <= target, alike, _softmax(energies, unit * np.exp2(high)))
+
+
+def _checked(name: str, weights: Any, g_hat: Floats) -> tuple[Floats, Bools]:
+    """What a user's function returned, as weights that sum to 1 in each row that has one."""
+    weights = np.asarray(weights, dtype=np.float64)
+    if weights.shape != g_hat.shape:
+        raise UserError(f"--policy {name}: returned the shape {weights.shape} where {g_hat.shape} was due")
+    weights = np.where(np.isnan(g_hat), 0.0, weights)
+    if not (np.isfinite(weights) & (weights >= 0)).all():
+        raise UserError(f"--policy {name}: returned weights that are negative, infinite or NaN")
+    total = weights.sum(axis=1, keepdims=True)
+    return weights / np.where(total > 0, total, 1.0), weights > 0

@@ -1,8 +1,8 @@
-"""The scores as compact arrays, a row a trajectory, with a way from a record's key to its row."""
+"""The scores as compact arrays, a row a trajectory, and the problems as padded blocks of rows."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,59 +13,45 @@ from lark_fast.errors import UserError
 from lark_fast.hashing import hash_fields
 from lark_fast.scoring.store import part_files
 
-_BATCH_ROWS = 1 << 13
+_BATCH_ROWS = 1 << 15
 _BLOCK_CELLS = 1 << 17
+_KEY_FACTOR = 0x9E3779B97F4A7C15  # odd, so that no bit of a problem's hash is lost
 
 
 class ScoredRows:
-    """The rows of a finished scores directory, in its order.
-
-    Keys are kept as 64-bit hashes: among 10^7 trajectories two share one with a chance of 10^-5, which is noticed.
+    """The rows of a finished scores directory, in its order; 16 bytes a row and 8 more a column asked for.
 
     Attributes:
         problem: ``[R]`` numbers from 0 to the number of problems; ``problem_name(n)`` is the id as a string.
         teacher: ``[R]`` positions in ``teachers``.
         numbers: ``[R]`` float64 for each column asked for.
         n_tokens: ``[R]`` scored tokens.
-        keys: ``[R]`` hashes of (problem_id, candidate_id).
 
     Raises:
-        UserError: a part cannot be read or lacks a column, there are no rows, or two have one key.
+        UserError: a part cannot be read or lacks a column, or there are no rows.
     """
 
     def __init__(self, directory: str | Path, columns: tuple[str, ...]) -> None:
         self.directory = Path(directory)
-        names = ("problem_id", "teacher", "n_tokens", *columns, "content_hash")
-        problem, teacher, keys, contents = [], [], [], []
-        numbers: dict[str, list[NDArray[Any]]] = {name: [] for name in ("n_tokens", *columns)}
-        for batch in self._batches(("candidate_id", *names)):
+        self._size = sum(self._file(part).metadata.num_rows for part in part_files(self.directory))
+        if not self._size:
+            raise UserError(f"{directory}: holds no scored trajectories")
+        problem, teacher, start = [], [], 0
+        self.n_tokens = np.empty(self._size, dtype=np.int64)
+        self.numbers = {name: np.empty(self._size) for name in columns}
+        for batch in self.batches("problem_id", "teacher", "n_tokens", *columns):
             problem.append(batch["problem_id"])
             teacher.append(batch["teacher"])
-            pairs = zip(batch["problem_id"].to_pylist(), batch["candidate_id"].to_pylist(), strict=True)
-            keys.append(np.fromiter(map(_key_hash, pairs), dtype=np.uint64, count=len(batch)))
-            contents.append(np.array(batch["content_hash"].to_pylist(), dtype="V16"))
-            for name, arrays in numbers.items():
-                arrays.append(batch[name].to_numpy(zero_copy_only=False))
-        if not any(map(len, keys)):
-            raise UserError(f"{directory}: holds no scored trajectories")
+            here = slice(start, start + len(batch))
+            for name, array in (("n_tokens", self.n_tokens), *self.numbers.items()):
+                array[here] = batch[name].to_numpy(zero_copy_only=False)
+            start += len(batch)
         self.problem, self._problem_names = _codes(problem)
         self.teacher, teachers = _codes(teacher)
         self.teachers: list[str] = teachers.to_pylist()
-        self.n_tokens = np.concatenate(numbers.pop("n_tokens")).astype(np.int64)
-        self.numbers = {name: np.concatenate(arrays).astype(np.float64) for name, arrays in numbers.items()}
-        self.keys = np.concatenate(keys)
-        self._contents = np.concatenate(contents)
-        self._order = np.argsort(self.keys)
-        self._sorted_keys = self.keys[self._order]
-        twice = np.flatnonzero(self._sorted_keys[1:] == self._sorted_keys[:-1])
-        if len(twice):
-            name, candidate, _ = self.locate(int(self._order[twice[0]]))
-            raise UserError(
-                f"{directory}: problem {name!r}, candidate {candidate!r} is there twice; score into another directory"
-            )
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return self._size
 
     @property
     def n_problems(self) -> int:
@@ -76,22 +62,32 @@ class ScoredRows:
         """The problem's id as a string."""
         return self._problem_names[problem].as_py()
 
-    def find(self, key: tuple[str, str]) -> int | None:
-        """The row of the trajectory with this key, None when it was not scored."""
-        wanted = np.uint64(_key_hash(key))
-        place = self._sorted_keys.searchsorted(wanted)
-        if place < len(self) and self._sorted_keys[place] == wanted:
-            return int(self._order[place])
-        return None
+    @cached_property
+    def keys(self) -> NDArray[np.uint64]:
+        """``[R]`` hashes of (problem_id, candidate_id), see ``key_hash``; read from the disk when first asked for."""
+        of_problem = _hashes(self._problem_names)[self.problem]
+        of_candidate, start = np.empty(self._size, dtype=np.uint64), 0
+        for batch in self.batches("candidate_id"):
+            # Most pools number their candidates: few distinct names, each hashed once a batch.
+            names = batch["candidate_id"].dictionary_encode()
+            of_candidate[start : start + len(batch)] = _hashes(names.dictionary)[names.indices.to_numpy()]
+            start += len(batch)
+        of_problem *= np.uint64(_KEY_FACTOR)
+        of_problem += of_candidate
+        return of_problem
 
-    def has_content(self, row: int, content_hash: bytes) -> bool:
-        """Whether the row was made from a record with this content."""
-        return self._contents[row].tobytes() == content_hash
+    def contents(self) -> NDArray[np.void]:
+        """``[R]`` content hashes, 16 bytes each, read from the disk."""
+        contents, start = np.empty(self._size, dtype="V16"), 0
+        for batch in self.batches("content_hash"):
+            contents[start : start + len(batch)] = np.array(batch["content_hash"].to_pylist(), dtype="V16")
+            start += len(batch)
+        return contents
 
     def locate(self, row: int) -> tuple[str, str, str]:
         """(problem_id, candidate_id, source) of a row, read from the disk again: for messages."""
         names, start = ("problem_id", "candidate_id", "source"), 0
-        for batch in self._batches(names):
+        for batch in self.batches(*names):
             if row < start + len(batch):
                 return tuple(batch[name][row - start].as_py() for name in names)
             start += len(batch)
@@ -116,21 +112,43 @@ class ScoredRows:
             yield np.where(column < sizes[members, None], order[place], -1)
             first += len(members)
 
-    def _batches(self, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+    def batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
+        """These columns from the disk, some thousand rows at a time, in order."""
         for part in part_files(self.directory):
+            file = self._file(part)
+            lacking = [name for name in columns if name not in file.schema_arrow.names]
+            if lacking:
+                raise UserError(f"{part}: has no column {lacking[0]}; {_remedy(lacking[0])}")
             try:
-                # The few distinct strings of these columns stay in Parquet's dictionaries instead of a copy a row.
-                file = pq.ParquetFile(part, read_dictionary=["problem_id", "teacher"])
-                lacking = [name for name in columns if name not in file.schema_arrow.names]
-                if lacking:
-                    raise UserError(f"{part}: has no column {lacking[0]}; run the same `lark-fast score` command again")
                 yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns))
             except (OSError, pa.ArrowException) as error:
                 raise UserError(f"{part}: cannot be read: {error}") from error
 
+    def _file(self, part: Path) -> pq.ParquetFile:
+        try:
+            # The few distinct strings of these columns stay in Parquet's dictionaries instead of a copy a row.
+            return pq.ParquetFile(part, read_dictionary=["problem_id", "teacher"])
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{part}: cannot be read: {error}") from error
 
-def _key_hash(key: tuple[str, str]) -> int:
-    return int.from_bytes(hash_fields(key[0].encode(), key[1].encode(), size=8), "little")
+
+def key_hash(key: tuple[str, str]) -> int:
+    """64 bits for (problem_id, candidate_id), from 64 of each."""
+    problem, candidate = map(_hash, key)
+    return (problem * _KEY_FACTOR + candidate) % 2**64
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hash_fields(text.encode(), size=8), "little")
+
+
+def _hashes(texts: pa.Array) -> NDArray[np.uint64]:
+    return np.fromiter(map(_hash, texts.to_pylist()), dtype=np.uint64, count=len(texts))
+
+
+def _remedy(column: str) -> str:
+    asks = {"brier_topk": " with --top-k", "local_nll": " with --local-steps, into another directory"}
+    return f"run the same `lark-fast score` command again{asks.get(column, '')}"
 
 
 def _codes(chunks: list[pa.DictionaryArray]) -> tuple[NDArray[np.int32], pa.Array]:

@@ -1,0 +1,180 @@
+"""What ``lark-fast select`` can be asked for, checked, and what came of it."""
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lark_fast.errors import UserError
+from lark_fast.kernels.chi2 import DEFAULT_BUDGET, TIES
+from lark_fast.selection.exporters import find_format
+from lark_fast.selection.policies import find_policy
+
+SHOWN_PROBLEMS = 3
+SWEPT = ("budget", "tau", "policy", "ties", "seed")
+_MOST_VARIANTS = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectConfig:
+    """What ``lark-fast select`` was asked to do."""
+
+    scores: str
+    pool: tuple[str, ...] = ()  # without one there is no text: weights.parquet only
+    out: str
+    budget: int | None = None  # 3 when there is no tau either
+    tau: float | None = None  # chi2 and kl only, in the units of g_hat
+    policy: str = "chi2"
+    ties: str = "exact"  # or "reference", chi2 only
+    seed: int = 0  # of random draws
+    band: tuple[float, float] | None = None  # of exp(nll), policy "perplexity" only; default: the pool's quartiles
+    teacher_order: tuple[str, ...] = ()  # policy "teacher" only
+    constraints: str | None = None  # a YAML file, chi2 only
+    where: tuple[str, ...] = ()  # COLUMN or COLUMN=VALUE of the pool, all of which must hold
+    near_duplicates: str | None = None  # "exact" or "minhash"
+    near_duplicate_threshold: float = 0.8  # Jaccard similarity, minhash only
+    decontaminate: tuple[str, ...] = ()  # files of benchmark items
+    ngram: int = 13  # words, of decontaminate
+    export: tuple[str, ...] = ()  # of exporters.FORMATS
+    sweep: tuple[str, ...] = ()  # KEY=VALUE,VALUE,...: one selection for each combination
+    overwrite: bool = False
+
+    @property
+    def filters(self) -> bool:
+        """Whether candidates may be removed before the selection."""
+        return bool(self.where or self.near_duplicates or self.decontaminate)
+
+    @property
+    def used_budget(self) -> int | None:
+        """The budget or its default; None where something else sets tau."""
+        return DEFAULT_BUDGET if self.budget is None and self.tau is None and not self.constraints else self.budget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectionSummary:
+    """What came of a run. Trajectories count once each, means are over the problems that have a row."""
+
+    out: str
+    problems: int
+    candidates: int  # scored trajectories
+    rows: int  # chosen
+    without_g_hat: int  # scored trajectories that were dropped for it
+    removed: Mapping[str, int]  # by each filter
+    problems_kept_whole: int  # no more candidates than the budget
+    problems_without_row: int
+    first_problems_without_row: tuple[str, ...]
+    pool_records: int
+    never_scored: int  # pool records that are neither in the scores nor in rejected.jsonl
+    duplicates: int  # pool records whose key came before
+    columns_left_out: tuple[str, ...]  # unknown columns of the pool that bear a name the selection writes itself
+    selected_tokens: int  # scored tokens of the rows
+    mean_effective_sample_size: float
+    mean_chi2_divergence: float  # from the uniform prior
+    teachers: Mapping[str, Mapping[str, float]]  # share of the candidates, of the rows, of the weight
+    notes: tuple[str, ...] = ()  # of the constraints, of the exporters
+
+    def lines(self) -> list[str]:
+        """The summary for a reader, a line a fact."""
+        said = [
+            f"{self.out}: {self.rows:,} of {self.candidates:,} trajectories for {self.problems:,} problems, "
+            f"{self.selected_tokens:,} tokens, mean effective sample size {self.mean_effective_sample_size:.2f}"
+        ]
+        if self.without_g_hat:
+            said.append(f"{self.without_g_hat:,} scored trajectories have no g_hat and were dropped")
+        said += [f"{count:,} trajectories removed: {reason}" for reason, count in self.removed.items()]
+        if self.problems_kept_whole:
+            said.append(
+                f"{self.problems_kept_whole:,} of {self.problems:,} problems have no more candidates than the budget: "
+                "all of theirs are kept, alike"
+            )
+        if self.problems_without_row:
+            names = ", ".join(map(repr, self.first_problems_without_row))
+            more = ", ..." if self.problems_without_row > len(self.first_problems_without_row) else ""
+            said.append(f"{self.problems_without_row:,} problems have no row, for want of a candidate: {names}{more}")
+        if self.never_scored:
+            said.append(
+                f"{self.never_scored:,} of {self.pool_records:,} pool records were never scored and were left out; "
+                "`lark-fast score` would add them"
+            )
+        if self.duplicates:
+            said.append(f"{self.duplicates:,} pool records repeat the key of an earlier one and were left out")
+        if self.columns_left_out:
+            said.append(f"pool columns left out, for the selection writes its own: {', '.join(self.columns_left_out)}")
+        return [*said, *self.notes]
+
+
+def variants(config: SelectConfig) -> dict[str, SelectConfig]:
+    """The selections to make by the name of their directory: one named "" without a sweep.
+
+    Raises:
+        UserError: a setting out of range, or settings that do not go together.
+    """
+    if not config.sweep:
+        return {"": _checked(config)}
+    axes: dict[str, list[Any]] = {}
+    for axis in config.sweep:
+        key, equals, values = axis.partition("=")
+        if key not in SWEPT or not equals or key in axes:
+            raise UserError(f"--sweep {axis}: give each of {', '.join(SWEPT)} once at most, as KEY=VALUE,VALUE,...")
+        axes[key] = [_value(axis, key, value) for value in values.split(",")]
+        if len(set(axes[key])) < len(axes[key]):
+            raise UserError(f"--sweep {axis}: names a value twice")
+    number = math.prod(map(len, axes.values()))
+    if number > _MOST_VARIANTS:
+        raise UserError(f"--sweep: {number:,} combinations; at most {_MOST_VARIANTS} are made at a time")
+    # A swept budget or tau stands in place of the other one's single value.
+    found = {}
+    for values in itertools.product(*axes.values()):
+        settings = dict(zip(axes, values, strict=True))
+        name = "-".join(f"{key}={value}" for key, value in settings.items()).replace("/", "_").replace(":", ".")
+        found[name] = _checked(replace(config, **settings))
+    return found
+
+
+def _value(axis: str, key: str, value: str) -> Any:
+    kinds = {"budget": int, "seed": int, "tau": float}
+    try:
+        return kinds.get(key, str)(value)
+    except ValueError:
+        raise UserError(f"--sweep {axis}: {value!r} is no number") from None
+
+
+def _checked(config: SelectConfig) -> SelectConfig:
+    """The config, or a UserError for what does not go together."""
+    policy = find_policy(config.policy)
+    if config.ties not in TIES:
+        raise UserError(f"--ties {config.ties}: unknown; known are {', '.join(TIES)}")
+    if config.budget is not None and config.tau is not None and config.policy != "kl":
+        raise UserError("--budget and --tau: give one of them; a budget sets tau itself")
+    if config.budget is not None and config.budget < 1:
+        raise UserError(f"--budget {config.budget}: must be at least 1")
+    if config.tau is not None and not (math.isfinite(config.tau) and config.tau > 0):
+        raise UserError(f"--tau {config.tau}: must be a finite number above 0")
+    if config.tau is not None and not policy.has_tau:
+        raise UserError(f"--tau: only the policies chi2 and kl have one; give --budget to {config.policy}")
+    if config.ties == "reference" and (config.policy != "chi2" or config.tau is not None):
+        raise UserError("--ties reference: is for the policy chi2 with a budget only")
+    if config.policy == "teacher" and not config.teacher_order:
+        raise UserError("--policy teacher: needs --teacher-order TEACHER,TEACHER,...")
+    for option, given, owner in (
+        ("--teacher-order", config.teacher_order, "teacher"),
+        ("--band", config.band, "perplexity"),
+    ):
+        if given and config.policy != owner and not config.sweep:
+            raise UserError(f"{option}: is for the policy {owner} only")
+    if config.band is not None:
+        low, high = config.band
+        if not 0 <= low < high < math.inf:
+            raise UserError(f"--band {low:g}:{high:g}: two perplexities, the lower one first")
+    if config.constraints is not None and (config.policy != "chi2" or config.ties != "exact"):
+        raise UserError("--constraints: are for the policy chi2 with exact ties only")
+    if not 0 < config.near_duplicate_threshold <= 1:
+        raise UserError(f"--near-duplicate-threshold {config.near_duplicate_threshold}: is above 0, at most 1")
+    if config.ngram < 1:
+        raise UserError(f"--ngram {config.ngram}: must be at least 1")
+    for name in config.export:
+        find_format(name)
+    if not config.pool and (config.filters or config.export):
+        raise UserError("--where, --near-duplicates, --decontaminate and --export read texts: give --pool too")
+    return config

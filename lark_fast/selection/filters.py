@@ -1,0 +1,125 @@
+"""What one pass over the pool finds out before a selection: which records hold what, and which have to go.
+
+The filters of ``hygiene`` are such filters too.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lark_fast.errors import UserError
+from lark_fast.pool.records import Record
+from lark_fast.selection.hygiene.removals import Removal
+
+NO_VALUE = -1
+_YES, _NO = ("true", "yes", "1"), ("false", "no", "0", "")
+
+
+class Filter(Protocol):
+    """Sees every scored record once, then says which are to be removed."""
+
+    name: str
+
+    def see(self, row: int, problem: int, record: Record) -> None:
+        """Take note of the record that made this row of the scores."""
+
+    def removals(self, gone: NDArray[np.bool_] | None = None) -> Iterator[Removal]:
+        """What is to go, once all has been seen. Rows that are ``gone`` (``[R]``) already take no part."""
+
+    def close(self) -> None:
+        """Let go of files."""
+
+
+class Where:
+    """Keeps the records in which a column of the pool holds: COLUMN for a true one, COLUMN=VALUE for an equal one.
+
+    A record without the column goes.
+
+    Args:
+        condition: as above.
+        size: rows of the scores.
+    """
+
+    def __init__(self, condition: str, size: int) -> None:
+        self.name = f"--where {condition}"
+        self._column, equals, self._value = condition.partition("=")
+        self._has_value, self._lacks_column = bool(equals), True
+        self._fails = np.zeros(size, dtype=bool)
+
+    def see(self, row: int, problem: int, record: Record) -> None:
+        """See ``Filter``.
+
+        Raises:
+            UserError: a text that is to be true or false is neither.
+        """
+        value = _value_of(record, self._column)
+        if value is None:
+            self._fails[row] = True
+            return
+        self._lacks_column = False
+        self._fails[row] = _as_text(value) != self._value if self._has_value else not self._is_true(value, record)
+
+    def removals(self, gone: NDArray[np.bool_] | None = None) -> Iterator[Removal]:
+        """See ``Filter``.
+
+        Raises:
+            UserError: no record has the column.
+        """
+        if self._lacks_column:
+            raise UserError(f"{self.name}: no record of the pool has a column {self._column!r}")
+        for row in np.flatnonzero(self._fails if gone is None else self._fails & ~gone).tolist():
+            yield Removal(row=row, reason=self.name)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _is_true(self, value: Any, record: Record) -> bool:
+        if isinstance(value, str):
+            word = value.strip().lower()
+            if word not in _YES + _NO:
+                raise UserError(
+                    f"{record.source}:{record.line}: {self._column} is {value!r}, neither true nor false; "
+                    f"say --where {self._column}=VALUE"
+                )
+            return word in _YES
+        return bool(value)
+
+
+class ColumnValues:
+    """The values of a column of the pool, as text: a number each, NO_VALUE for records without it.
+
+    Args:
+        column: its name.
+        size: rows of the scores.
+    """
+
+    def __init__(self, column: str, size: int) -> None:
+        self.column = column
+        self._codes: dict[str, int] = {}
+        self._of_row = np.full(size, NO_VALUE, dtype=np.int32)
+
+    def see(self, row: int, problem: int, record: Record) -> None:
+        """Take note of the record that made this row of the scores.
+
+        Raises:
+            UserError: there it holds more than one value.
+        """
+        value = _value_of(record, self.column)
+        if isinstance(value, list | dict):
+            raise UserError(f"{record.source}:{record.line}: {self.column} holds more than one value; a group has one")
+        if value is not None:
+            self._of_row[row] = self._codes.setdefault(_as_text(value), len(self._codes))
+
+    def groups(self) -> tuple[NDArray[np.int32], list[str]]:
+        """``[R]`` positions among the values, and these."""
+        return self._of_row, list(self._codes)
+
+
+def _value_of(record: Record, column: str) -> Any:
+    return record.teacher or None if column == "teacher" else record.extra.get(column)
+
+
+def _as_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,92 @@
+"""Selections side by side: what they share, what they cost, whom they prefer."""
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from lark_fast.selection.config import SelectionSummary
+from lark_fast.selection.weighing import Weighed
+
+HISTOGRAM_EDGES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
+
+
+def jaccard(a: Weighed, b: Weighed) -> float:
+    """Shared rows over all rows of two selections, |A and B| / |A or B|; 1 when both are empty."""
+    shared = len(np.intersect1d(a.rows, b.rows, assume_unique=True))
+    union = len(a.rows) + len(b.rows) - shared
+    return shared / union if union else 1.0
+
+
+def weight_histogram(weighed: Weighed) -> list[int]:
+    """How many rows have a weight in each interval of HISTOGRAM_EDGES, which are open below and closed above."""
+    # Rows of weight 0, which only ties="reference" writes, count in the first.
+    bins = np.searchsorted(HISTOGRAM_EDGES[1:-1], weighed.weight, side="left")
+    return np.bincount(bins, minlength=len(HISTOGRAM_EDGES) - 1).tolist()
+
+
+def comparison(selections: Mapping[str, Weighed], summaries: Mapping[str, SelectionSummary]) -> dict[str, Any]:
+    """Facts of each selection by its name, and how much any two overlap, as JSON."""
+    names = list(selections)
+    return {
+        "selections": {
+            name: {
+                "rows": summary.rows,
+                "problems": summary.problems - summary.problems_without_row,
+                "tokens": summary.selected_tokens,
+                "mean_effective_sample_size": summary.mean_effective_sample_size,
+                "mean_chi2_divergence": summary.mean_chi2_divergence,
+                "teachers": {teacher: shares["weight"] for teacher, shares in summary.teachers.items()},
+                "weight_histogram": weight_histogram(selections[name]),
+            }
+            for name, summary in summaries.items()
+        },
+        "weight_histogram_edges": list(HISTOGRAM_EDGES),
+        "jaccard": {a: {b: jaccard(selections[a], selections[b]) for b in names} for a in names},
+    }
+
+
+def as_markdown(compared: Mapping[str, Any]) -> str:
+    """The comparison as tables for readers."""
+    found = compared["selections"]
+    teachers = sorted({teacher for facts in found.values() for teacher in facts["teachers"]})
+    edges = compared["weight_histogram_edges"]
+    bins = [f"{low:g}-{high:g}" for low, high in pairwise(edges)]
+    main = _table(
+        ["selection", "rows", "problems", "tokens", "effective size", "chi2"],
+        [
+            [
+                name,
+                f"{facts['rows']:,}",
+                f"{facts['problems']:,}",
+                f"{facts['tokens']:,}",
+                f"{facts['mean_effective_sample_size']:.2f}",
+                f"{facts['mean_chi2_divergence']:.2f}",
+            ]
+            for name, facts in found.items()
+        ],
+    )
+    shares = _table(
+        ["weight by teacher", *(teacher or "(none)" for teacher in teachers)],
+        [[name, *(f"{facts['teachers'].get(t, 0):.1%}" for t in teachers)] for name, facts in found.items()],
+    )
+    histogram = _table(
+        ["rows by weight", *bins], [[name, *map("{:,}".format, f["weight_histogram"])] for name, f in found.items()]
+    )
+    overlap = _table(
+        ["overlap (Jaccard)", *found],
+        [[a, *(f"{value:.2f}" for value in row.values())] for a, row in compared["jaccard"].items()],
+    )
+    return "\n".join([main, shares, histogram, overlap])
+
+
+def _table(header: list[str], body: list[list[str]]) -> str:
+    """A Markdown table whose columns line up as plain text too."""
+    rows = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in [header, *body]]
+    widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(header))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    ruler = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], ruler, *lines[1:]]) + "\n"
