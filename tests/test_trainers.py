@@ -1,6 +1,7 @@
 """Transformers' and TRL's trainers with weights, against the definition by hand; a model's loss without logits."""
 
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from lark_fast.selection.exporters import export
 from lark_fast.trainers import HeadLoss, WeightedSFTTrainer, use_linear_cross_entropy
 from lark_fast.trainers.collator import WeightedCollator
 from tests.command import make_records
@@ -171,6 +173,27 @@ def test_conversations_as_selection_writes_them(tmp_path):
         )
         batches = global_batches(trainer, tokenised, 2)
         assert distance(trained(trainer), by_hand(tiny_llama(len(tokenizer)), tokenised, batches)) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "options"), [("trl", {"assistant_only_loss": True}), ("trl-prompt-completion", {})])
+def test_exports_for_trl_train_on_the_answers_with_the_weights(name, options, tmp_path):
+    turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+    turns += "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    marked = turns + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokenizer = byte_level_tokenizer(marked if options else CHATML)
+    weights = [1.0, 0.25, 1e-3]
+    rows = [{"messages": row["messages"], "weight": w} for row, w in zip(make_records(3, 1), weights, strict=True)]
+    mean = sum(weights) / 3
+    (path,) = export(name, rows, tmp_path, mean)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None, **options)
+    trainer = WeightedSFTTrainer(
+        tiny_llama(len(tokenizer)), config, train_dataset=Dataset.from_list(lines), processing_class=tokenizer
+    )
+    for given, line in zip(rows, trainer.train_dataset, strict=True):
+        scored = [token for token, factor in zip(line["input_ids"], line["token_weights"], strict=True) if factor]
+        assert tokenizer.decode(scored).removesuffix("\n") == given["messages"][-1]["content"] + "<|im_end|>"
+        assert sum(line["token_weights"]) == pytest.approx(given["weight"] / mean, rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -28,6 +28,9 @@ class Filter(Protocol):
     def removals(self, gone: NDArray[np.bool_] | None = None) -> Iterator[Removal]:
         """What is to go, once all has been seen. Rows that are ``gone`` (``[R]``) already take no part."""
 
+    def notes(self) -> list[str]:
+        """What is to be said of them beside their number."""
+
     def close(self) -> None:
         """Let go of files."""
 
@@ -71,6 +74,10 @@ class Where:
             raise UserError(f"{self.name}: no record of the pool has a column {self._column!r}")
         for row in np.flatnonzero(self._fails if gone is None else self._fails & ~gone).tolist():
             yield Removal(row=row, reason=self.name)
+
+    def notes(self) -> list[str]:
+        """Nothing."""
+        return []
 
     def close(self) -> None:
         """Nothing is open."""

@@ -1,6 +1,6 @@
 """The first pass over the pool, where one is asked for: which records have to go, and which groups they belong to."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -16,13 +16,44 @@ from lark_fast.selection.matching import Matching, RowIndex
 from lark_fast.selection.scored_rows import ScoredRows
 
 
+class Removed:
+    """What filters took out: two bytes a row, and the details that some have.
+
+    Args:
+        size: rows of the scores.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.counts: dict[str, int] = {}  # by the filter's name
+        self.gone = np.zeros(size, dtype=bool)
+        self._by = np.zeros(size, dtype=np.int8)
+        self._details: dict[int, Removal] = {}
+
+    def apply(self, a_filter: Filter) -> None:
+        """Take out what a filter says, of what is left."""
+        place, taken = len(self.counts), np.zeros(len(self.gone), dtype=bool)
+        for removal in a_filter.removals(self.gone):
+            taken[removal.row] = True
+            if removal != Removal(row=removal.row, reason=a_filter.name):
+                self._details[removal.row] = removal
+        self._by[taken] = place
+        self.gone |= taken
+        self.counts[a_filter.name] = int(np.count_nonzero(taken))
+
+    def get(self, row: int) -> Removal | None:
+        """Why a row is gone; None for one that is left."""
+        if not self.gone[row]:
+            return None
+        return self._details.get(row) or Removal(row=row, reason=list(self.counts)[self._by[row]])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
     """What the pool's records have told before the selection."""
 
-    counts: Mapping[str, int]  # how many each filter removed, by its name
-    removed: Mapping[int, Removal]  # by row
+    removed: Removed
     groups: Mapping[str, tuple[NDArray[np.int32], list[str]]]  # each row's value and the values' names, by column
+    notes: tuple[str, ...] = ()  # of the filters
 
 
 def see_pool(
@@ -48,11 +79,11 @@ def see_pool(
     Raises:
         UserError: the pool is not the scored one; see the filters.
     """
-    values = [ColumnValues(name, len(rows)) for name in columns]
+    values, removed = [ColumnValues(name, len(rows)) for name in columns], Removed(len(rows))
     teacher = np.array([code if name else NO_VALUE for code, name in enumerate(rows.teachers)], dtype=np.int32)
     groups = {"teacher": (teacher[rows.teacher], rows.teachers)}
     if index is None or pool is None or not (values or config.filters):
-        return Seen(counts={}, removed={}, groups=groups)
+        return Seen(removed=removed, groups=groups)
     with ExitStack() as stack:
         filters = _filters(config, rows, stack)
         matching = Matching(index)
@@ -60,10 +91,13 @@ def see_pool(
             for observer in (*values, *filters):
                 observer.see(row, int(rows.problem[row]), record)
         matching.refuse_another_pool()
-        counts, removed = _remove(rows, filters)
-    if removed:
-        _renew_g_hat(rows, removed, brier)
-    return Seen(counts=counts, removed=removed, groups=groups | {column.column: column.groups() for column in values})
+        for a_filter in filters:
+            removed.apply(a_filter)
+        notes = tuple(note for a_filter in filters for note in a_filter.notes())
+    if removed.gone.any():
+        _renew_g_hat(rows, removed.gone, brier)
+    groups |= {column.column: column.groups() for column in values}
+    return Seen(removed=removed, groups=groups, notes=notes)
 
 
 def _filters(config: SelectConfig, rows: ScoredRows, stack: ExitStack) -> list[Filter]:
@@ -86,23 +120,9 @@ def _filters(config: SelectConfig, rows: ScoredRows, stack: ExitStack) -> list[F
     return filters
 
 
-def _remove(rows: ScoredRows, filters: Sequence[Filter]) -> tuple[dict[str, int], dict[int, Removal]]:
-    """How many each filter takes, and what, by row."""
-    counts: dict[str, int] = {}
-    removed: dict[int, Removal] = {}
-    gone = np.zeros(len(rows), dtype=bool)
-    for a_filter in filters:
-        found = {removal.row: removal for removal in a_filter.removals(gone)}
-        gone[list(found)] = True
-        counts[a_filter.name] = len(found)
-        removed |= found
-    return counts, removed
-
-
-def _renew_g_hat(rows: ScoredRows, removed: Iterable[int], brier: str) -> None:
+def _renew_g_hat(rows: ScoredRows, gone: NDArray[np.bool_], brier: str) -> None:
     """g_hat of what is left, as if the removed candidates had never been: they were in their problem's sums."""
-    numbers, gone = rows.numbers, list(removed)
+    numbers = rows.numbers
     without = np.isnan(numbers["g_hat"])
-    nll = numbers["nll"].copy()
-    nll[gone] = np.nan
-    numbers["g_hat"] = np.where(without, np.nan, g_hat(nll, numbers[brier], rows.problem))
+    numbers["g_hat"] = g_hat(np.where(gone, np.nan, numbers["nll"]), numbers[brier], rows.problem)
+    numbers["g_hat"][without] = np.nan

@@ -17,7 +17,6 @@ m >= B has the same solution, and where there is none, q = p for every tau: then
 not count.
 """
 
-import contextlib
 import itertools
 import math
 import warnings
@@ -436,13 +435,22 @@ class _Stated:
         if not program.competing:
             gain -= np.repeat(np.add.reduceat(program.prior * gain, program.starts), program.sizes)
         problem = cp.Problem(cp.Minimize(0.5 * cp.sum_squares(self.y - self.root * (1 + gain))), self.limits)
-        exact = _solve(problem, cp.OSQP, eps_abs=1e-10, eps_rel=1e-10, polishing=True, max_iter=20_000)
-        found = [self._read()]
-        if not exact:
-            # Where bounds are active with multiplier 0, OSQP may crawl. An interior point does not, but stops earlier.
-            with contextlib.suppress(NotSolvedError):
-                _solve(problem, cp.CLARABEL, **_tolerances(1e-10))
-                found.append(self._read())
+        # Where bounds are active with multiplier 0, OSQP may crawl, and it takes some large programs for infeasible. An
+        # interior point does neither, but stops earlier.
+        tight = dict.fromkeys(("eps_abs", "eps_rel", "eps_prim_inf", "eps_dual_inf"), 1e-10)
+        attempts = ((cp.OSQP, tight | {"polishing": True, "max_iter": 20_000}), (cp.CLARABEL, _tolerances(1e-10)))
+        found, failure = [], None
+        for solver, settings in attempts:
+            try:
+                exact = _solve(problem, solver, **settings)
+            except NotSolvedError as error:
+                failure = error
+                continue
+            found.append(self._read())
+            if exact:
+                break
+        if not found:
+            raise failure
         fixed = replace(program, radius=None)
         return min(found, key=lambda pair: max(kkt_residuals(fixed, *pair, rate).values()))
 

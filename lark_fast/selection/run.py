@@ -75,7 +75,7 @@ def _run(config: SelectConfig) -> dict[str, tuple[SelectionSummary, Weighed]]:
     _refuse_existing(directories.values(), config.overwrite)
     pool = Pool(config.pool) if config.pool else None
     if pool is not None:
-        refuse_overlap(config.out, {"--pool": pool.inputs})
+        refuse_overlap(config.out, {"--pool": pool.inputs, "--decontaminate": map(Path, config.decontaminate)})
     manifest = read_manifest(config.scores)
     if not manifest["complete"]:
         raise UserError(
@@ -108,7 +108,7 @@ def _run(config: SelectConfig) -> dict[str, tuple[SelectionSummary, Weighed]]:
                 candidates=len(rows),
                 rows=len(weighed.rows),
                 without_g_hat=without_g_hat,
-                removed=seen.counts,
+                removed=seen.removed.counts,
                 problems_kept_whole=weighed.whole_problems,
                 problems_without_row=len(weighed.empty_problems),
                 first_problems_without_row=tuple(
@@ -119,7 +119,7 @@ def _run(config: SelectConfig) -> dict[str, tuple[SelectionSummary, Weighed]]:
                 mean_effective_sample_size=weighed.mean_effective_sample_size,
                 mean_chi2_divergence=weighed.mean_chi2_divergence,
                 teachers=_teacher_shares(rows, weighed),
-                notes=notes + exported.get(directories[name], ()),
+                notes=seen.notes + notes + exported.get(directories[name], ()),
             )
             _write_manifest(directories[name] / "manifest.json", variant, manifest, summary)
             outcome[name] = summary, weighed

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from lark_fast.files import atomic_open, atomic_path
 from lark_fast.pool.records import Record
 from lark_fast.selection.exporters import Exporter
-from lark_fast.selection.hygiene.removals import Removal, removed_entry
+from lark_fast.selection.first_pass import Removed
+from lark_fast.selection.hygiene.removals import removed_entry
 from lark_fast.selection.scored_rows import ScoredRows
 from lark_fast.selection.weighing import Weighed
 
@@ -51,7 +52,7 @@ class TrainFiles:
         rows: with the g_hat to write.
         selections: by directory.
         exports: names of formats, see exporters.py.
-        removed: what filters took out, by row, and the file that tells of it; None without filters.
+        removed: the file that tells what filters took out, and this; None without filters.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class TrainFiles:
         rows: ScoredRows,
         selections: Mapping[Path, Weighed],
         exports: Sequence[str] = (),
-        removed: tuple[Path, Mapping[int, Removal]] | None = None,
+        removed: tuple[Path, Removed] | None = None,
     ) -> None:
         self._rows, self._selections, self._removed = rows, selections, removed
         self._exporters = {
@@ -90,8 +91,9 @@ class TrainFiles:
 
     def write(self, row: int, record: Record) -> None:
         """Write a record to the files of the selections that chose it, or to that of the removed."""
-        if self._removed is not None and row in self._removed[1]:
-            _write_line(self._removed_file, removed_entry(record, self._removed[1][row]))
+        removal = None if self._removed is None else self._removed[1].get(row)
+        if removal is not None:
+            _write_line(self._removed_file, removed_entry(record, removal))
             return
         for chosen, weighed, file, exporters in self._outs:
             if chosen[row]:

@@ -96,6 +96,10 @@ class ExactDuplicates:
         removed = ~is_first
         yield from self._seen.removals(self.name, rows[removed], stays[removed], np.ones(np.count_nonzero(removed)))
 
+    def notes(self) -> list[str]:
+        """Nothing."""
+        return []
+
     def close(self) -> None:
         """Nothing is open."""
 
@@ -187,6 +191,10 @@ class NearDuplicates:
             found.append((block[removed], of_row, agreeing[removed] / PERMUTATIONS))
         if found:
             yield from self._seen.removals(self.name, *map(np.concatenate, zip(*found, strict=True)))
+
+    def notes(self) -> list[str]:
+        """Nothing."""
+        return []
 
     def close(self) -> None:
         """Free the temporary file."""
