@@ -102,25 +102,9 @@ def _run(config: SelectConfig) -> dict[str, tuple[SelectionSummary, Weighed]]:
         outcome = {}
         for name, variant in asked.items():
             weighed, notes = found[name]
-            summary = SelectionSummary(
-                out=str(directories[name]),
-                problems=rows.n_problems,
-                candidates=len(rows),
-                rows=len(weighed.rows),
-                without_g_hat=without_g_hat,
-                removed=seen.removed.counts,
-                problems_kept_whole=weighed.whole_problems,
-                problems_without_row=len(weighed.empty_problems),
-                first_problems_without_row=tuple(
-                    rows.problem_name(int(problem)) for problem in weighed.empty_problems[:SHOWN_PROBLEMS]
-                ),
-                **told,
-                selected_tokens=int(rows.n_tokens[weighed.rows].sum()),
-                mean_effective_sample_size=weighed.mean_effective_sample_size,
-                mean_chi2_divergence=weighed.mean_chi2_divergence,
-                teachers=_teacher_shares(rows, weighed),
-                notes=seen.notes + notes + exported.get(directories[name], ()),
-            )
+            notes = seen.notes + notes + exported.get(directories[name], ())
+            facts = {"without_g_hat": without_g_hat, "removed": seen.removed.counts, "notes": notes} | told
+            summary = _summary(directories[name], rows, weighed, facts)
             _write_manifest(directories[name] / "manifest.json", variant, manifest, summary)
             outcome[name] = summary, weighed
     return outcome
@@ -181,6 +165,24 @@ def _write(
         notes = {directory: files.notes(directory) for directory in selections}
     write_weights(rows, selections)
     return told, notes
+
+
+def _summary(out: Path, rows: ScoredRows, weighed: Weighed, facts: dict[str, Any]) -> SelectionSummary:
+    first = weighed.empty_problems[:SHOWN_PROBLEMS]
+    return SelectionSummary(
+        out=str(out),
+        problems=rows.n_problems,
+        candidates=len(rows),
+        rows=len(weighed.rows),
+        problems_kept_whole=weighed.whole_problems,
+        problems_without_row=len(weighed.empty_problems),
+        first_problems_without_row=tuple(rows.problem_name(int(problem)) for problem in first),
+        selected_tokens=int(rows.n_tokens[weighed.rows].sum()),
+        mean_effective_sample_size=weighed.mean_effective_sample_size,
+        mean_chi2_divergence=weighed.mean_chi2_divergence,
+        teachers=_teacher_shares(rows, weighed),
+        **facts,
+    )
 
 
 def _teacher_shares(rows: ScoredRows, weighed: Weighed) -> dict[str, dict[str, float]]:
