@@ -62,8 +62,10 @@ import lark_fast.rendering.inspection, lark_fast.scoring.dry_run, lark_fast.scor
 from lark_fast.__main__ import main
 from lark_fast.scoring import run
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.llama import modeling_llama
 
+get_checkpoint_conversion_mapping("llama")  # makes a table that it keeps
 print("ready", flush=True)
 while line := sys.stdin.readline():
     asked = json.loads(line)

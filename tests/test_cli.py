@@ -49,35 +49,37 @@ def test_score_select_train(tmp_path, pool, student):
     assert read_manifest(tmp_path / "s2")["identity"]["student"] != read_manifest(tmp_path / "s")["identity"]["student"]
 
 
-def test_again_is_at_once_and_changes_nothing(tmp_path, pool, student):
+def test_again_is_at_once_and_changes_nothing(tmp_path, pool, student, forks):
     arguments = ("score", "--pool", pool, "--student", student, "--out", tmp_path / "s")
-    run(*arguments)
+    forks.run(*arguments)
     before = [part.read_bytes() for part in part_files(tmp_path / "s")]
-    again = run(*arguments)
+    again = forks.run(*arguments)
     assert "18 trajectories had been scored before and were kept" in again.stdout
     assert [part.read_bytes() for part in part_files(tmp_path / "s")] == before
-    other = run("score", "--pool", pool, "--student", student, "--out", tmp_path / "s", "--span", "content", code=2)
+    other = forks.run(
+        "score", "--pool", pool, "--student", student, "--out", tmp_path / "s", "--span", "content", code=2
+    )
     assert "span was 'turn', is 'content'" in other.stderr
     write_student(tmp_path / "other", seed=1)
-    other = run("score", "--pool", pool, "--student", tmp_path / "other", "--out", tmp_path / "s", code=2)
+    other = forks.run("score", "--pool", pool, "--student", tmp_path / "other", "--out", tmp_path / "s", code=2)
     assert "student was" in other.stderr
 
 
-def test_what_the_student_cannot_read_is_cut_and_said(tmp_path, pool):
+def test_what_the_student_cannot_read_is_cut_and_said(tmp_path, pool, forks):
     student = write_student(tmp_path / "student", max_position_embeddings=60)
     arguments = ("score", "--pool", pool, "--student", student)
-    cut = run(*arguments, "--out", tmp_path / "cut")
+    cut = forks.run(*arguments, "--out", tmp_path / "cut")
     assert cut.stderr.count("cut at the student's 60 positions") == 1
     rows = pq.read_table(part_files(tmp_path / "cut")).to_pydict()
     assert max(rows["n_input_tokens"]) == 60
     assert f"{sum(rows['truncated'])} trajectories were longer" in cut.stdout
-    asked = run(*arguments, "--out", tmp_path / "asked", "--max-length", 50)
+    asked = forks.run(*arguments, "--out", tmp_path / "asked", "--max-length", 50)
     assert "positions" not in asked.stderr
-    left = run(*arguments, "--out", tmp_path / "left", "--long", "reject")
+    left = forks.run(*arguments, "--out", tmp_path / "left", "--long", "reject")
     assert f"{sum(rows['truncated'])} of 18 records rejected" in left.stdout
 
 
-def test_rejects_are_counted_named_and_listed(tmp_path, student):
+def test_rejects_are_counted_named_and_listed(tmp_path, student, forks):
     records = list(make_records(2))
     lines = [json.dumps(r) for r in records]
     lines.insert(2, '{"messages": [')
@@ -85,30 +87,30 @@ def test_rejects_are_counted_named_and_listed(tmp_path, student):
     pool = tmp_path / "pool.jsonl"
     pool.write_text("\n".join(lines))
     arguments = ("score", "--pool", pool, "--student", student, "--out", tmp_path / "s")
-    done = run(*arguments)
+    done = forks.run(*arguments)
     assert "2 of 8 records rejected" in done.stdout
     rejects = [json.loads(line) for line in (tmp_path / "s" / "rejected.jsonl").read_text().splitlines()]
     assert [(r["source"], r["line"]) for r in rejects] == [(str(pool), 3), (str(pool), 8)]
     assert "duplicate" in rejects[1]["reason"]
-    strict = run(*arguments, "--overwrite", "--strict", code=2)
+    strict = forks.run(*arguments, "--overwrite", "--strict", code=2)
     assert f"{pool}:3: " in strict.stderr
     assert len(strict.stderr.strip().splitlines()[-1]) < 500
 
 
-def test_nothing_to_score_is_3(tmp_path, student):
+def test_nothing_to_score_is_3(tmp_path, student, forks):
     pool = tmp_path / "pool.jsonl"
     pool.write_text("not json\n")
-    run("score", "--pool", pool, "--student", student, "--out", tmp_path / "s", code=3)
+    forks.run("score", "--pool", pool, "--student", student, "--out", tmp_path / "s", code=3)
 
 
-def test_limit_then_the_rest(tmp_path, pool, student):
+def test_limit_then_the_rest(tmp_path, pool, student, forks):
     arguments = ("score", "--pool", pool, "--student", student, "--out", tmp_path / "s")
-    assert "5 trajectories" in run(*arguments, "--limit", 5).stdout
-    assert "13 trajectories scored" in run(*arguments).stdout
+    assert "5 trajectories" in forks.run(*arguments, "--limit", 5).stdout
+    assert "13 trajectories scored" in forks.run(*arguments).stdout
 
 
-def test_per_token_and_export(tmp_path, pool, student):
-    run(
+def test_per_token_and_export(tmp_path, pool, student, forks):
+    forks.run(
         *("score", "--pool", pool, "--student", student, "--out", tmp_path / "s"),
         *("--per-token", "--export", "lark-json", "--top-k", 50),
     )
@@ -142,34 +144,34 @@ def test_per_token_and_export(tmp_path, pool, student):
         ({"--out": "/proc/scores"}, "/proc/scores"),
     ],
 )
-def test_bad_usage_is_one_line_and_2(tmp_path, pool, student, change, says):
+def test_bad_usage_is_one_line_and_2(tmp_path, pool, student, change, says, forks):
     options = {"--pool": pool, "--student": student, "--out": tmp_path / "s"} | change
-    assert says in run("score", *(word for pair in options.items() for word in pair), code=2).stderr
+    assert says in forks.run("score", *(word for pair in options.items() for word in pair), code=2).stderr
 
 
-def test_a_template_at_fault_stops_before_anything_is_spent(tmp_path, pool):
+def test_a_template_at_fault_stops_before_anything_is_spent(tmp_path, pool, forks):
     tokenizer = byte_level_tokenizer(GEMMA2, special=("<start_of_turn>", "<end_of_turn>"), bos="<bos>", eos="<eos>")
     student = write_student(tmp_path / "gemma", tokenizer=tokenizer)
     told = [{"role": "system", "content": "Be brief."}, *next(make_records(1))["messages"]]
     pool = write_jsonl(tmp_path / "pool.jsonl", [{"messages": told}])
     arguments = ("score", "--pool", pool, "--student", student, "--out", tmp_path / "s")
-    refused = run(*arguments, code=2)
+    refused = forks.run(*arguments, code=2)
     assert f"{pool}:1: " in refused.stderr
     assert "--system" in refused.stderr
-    run(*arguments, "--system", "merge")
+    forks.run(*arguments, "--system", "merge")
 
 
-def test_a_broken_checkpoint_is_one_line(tmp_path, pool, student):
+def test_a_broken_checkpoint_is_one_line(tmp_path, pool, student, forks):
     broken = tmp_path / "broken"
     tiny_llama().save_pretrained(broken)
     (broken / "model.safetensors").write_bytes(b"torn")
     assert (
         "cannot be loaded"
-        in run(*("score", "--pool", pool, "--student", broken, "--out", tmp_path / "s"), code=2).stderr
+        in forks.run(*("score", "--pool", pool, "--student", broken, "--out", tmp_path / "s"), code=2).stderr
     )
 
 
-def test_a_thousand_mutated_lines_are_rows_or_rejects(tmp_path, student):
+def test_a_thousand_mutated_lines_are_rows_or_rejects(tmp_path, student, forks):
     rng = random.Random(5)
     lines = [json.dumps(r).encode() for r in make_records(400, 3)][:1000]
 
@@ -194,7 +196,7 @@ def test_a_thousand_mutated_lines_are_rows_or_rejects(tmp_path, student):
     mutated = [mutate(line) for line in lines]
     pool = tmp_path / "pool.jsonl"
     pool.write_bytes(b"\n".join(mutated) + b"\n")
-    run("score", "--pool", pool, "--student", student, "--out", tmp_path / "s")
+    forks.run("score", "--pool", pool, "--student", student, "--out", tmp_path / "s")
     physical = sum(1 for line in mutated if line.strip())
     counts = read_manifest(tmp_path / "s")["counts"]
     assert counts["rows"] + counts["rejected"] == counts["records"] == physical
@@ -202,15 +204,15 @@ def test_a_thousand_mutated_lines_are_rows_or_rejects(tmp_path, student):
     assert len((tmp_path / "s" / "rejected.jsonl").read_text().splitlines()) == counts["rejected"]
 
 
-def test_pool_text_never_acts_on_the_terminal(tmp_path, student):
+def test_pool_text_never_acts_on_the_terminal(tmp_path, student, forks):
     pool = tmp_path / "pool.jsonl"
     pool.write_text(json.dumps({"messages": [{"role": "\x1b]0;owned\x07", "content": "[red]x[/red]"}]}) + "\n")
-    done = run("score", "--pool", pool, "--student", student, "--out", tmp_path / "s", code=3)
+    done = forks.run("score", "--pool", pool, "--student", student, "--out", tmp_path / "s", code=3)
     assert "\x1b" not in done.stdout + done.stderr
 
 
-def test_inspect(pool, student):
-    done = run("inspect", "--pool", pool, "--student", student, "--record", 2)
+def test_inspect(pool, student, forks):
+    done = forks.run("inspect", "--pool", pool, "--student", student, "--record", 2)
     assert "scored" in done.stdout
     assert "<|im_end|>" in done.stdout
 
@@ -230,54 +232,54 @@ def test_help_is_instant():
     assert "--max-length" in done.stdout
 
 
-def test_nothing_of_somebody_elses_is_thrown_away(tmp_path, student):
+def test_nothing_of_somebody_elses_is_thrown_away(tmp_path, student, forks):
     records = write_jsonl(tmp_path / "pool.jsonl", make_records(2))
     pool = tmp_path / "pd"
     pool.mkdir()
     table = pa.Table.from_pylist([json.loads(line) for line in records.read_text().splitlines()])
     pq.write_table(table, pool / "part-00000.parquet")
     for out in (pool, pool / "scores"):
-        done = run("score", "--pool", pool, "--student", student, "--out", out, "--overwrite", code=2)
+        done = forks.run("score", "--pool", pool, "--student", student, "--out", out, "--overwrite", code=2)
         assert "give another directory" in done.stderr
     other = tmp_path / "other"
     other.mkdir()
     (other / "part-00000.parquet").write_bytes(b"theirs")
     (other / "notes.tmp").write_bytes(b"theirs too")
-    done = run("score", "--pool", pool, "--student", student, "--out", other, "--overwrite", code=2)
+    done = forks.run("score", "--pool", pool, "--student", student, "--out", other, "--overwrite", code=2)
     assert "no manifest.json" in done.stderr
     assert sorted(path.name for path in other.iterdir()) == ["notes.tmp", "part-00000.parquet"]
-    done = run("select", "--scores", other, "--pool", pool, "--out", pool / "selection", code=2)
+    done = forks.run("select", "--scores", other, "--pool", pool, "--out", pool / "selection", code=2)
     assert "give another directory" in done.stderr
 
 
-def test_a_damaged_store_is_one_line(tmp_path, pool, student):
+def test_a_damaged_store_is_one_line(tmp_path, pool, student, forks):
     arguments = ("score", "--pool", pool, "--student", student, "--out", tmp_path / "s")
-    run(*arguments, "--export", "lark-json")
+    forks.run(*arguments, "--export", "lark-json")
     (part,) = part_files(tmp_path / "s")
     whole = part.read_bytes()
     part.write_bytes(whole[: len(whole) // 2])
-    assert "cannot be read" in run(*arguments, code=2).stderr
+    assert "cannot be read" in forks.run(*arguments, code=2).stderr
     part.write_bytes(whole)
     (tmp_path / "s" / "manifest.json").write_text('{"format": 1}')
-    assert "not a manifest" in run(*arguments, code=2).stderr
+    assert "not a manifest" in forks.run(*arguments, code=2).stderr
 
 
-def test_an_export_does_not_outlive_its_scores(tmp_path, pool, student):
+def test_an_export_does_not_outlive_its_scores(tmp_path, pool, student, forks):
     arguments = ("score", "--pool", pool, "--student", student, "--out", tmp_path / "s")
-    run(*arguments, "--limit", 4, "--export", "lark-json")
+    forks.run(*arguments, "--limit", 4, "--export", "lark-json")
     assert (tmp_path / "s" / "lark_ghat.json").exists()
-    run(*arguments)
+    forks.run(*arguments)
     assert not (tmp_path / "s" / "lark_ghat.json").exists()
 
 
-def test_errors_cannot_act_on_the_terminal(tmp_path, student):
+def test_errors_cannot_act_on_the_terminal(tmp_path, student, forks):
     pool = tmp_path / "a\x1b[31mred.jsonl"
     pool.write_text("{\n")
-    done = run("score", "--pool", pool, "--student", student, "--out", tmp_path / "s", "--strict", code=2)
+    done = forks.run("score", "--pool", pool, "--student", student, "--out", tmp_path / "s", "--strict", code=2)
     assert "\x1b" not in done.stderr
     assert "\\x1b[31mred.jsonl:1" in done.stderr
 
 
-def test_inspect_cuts_where_score_does(tmp_path, pool):
+def test_inspect_cuts_where_score_does(tmp_path, pool, forks):
     student = write_student(tmp_path / "student", max_position_embeddings=30)
-    assert "30 tokens" in run("inspect", "--pool", pool, "--student", student, "--record", 17).stdout
+    assert "30 tokens" in forks.run("inspect", "--pool", pool, "--student", student, "--record", 17).stdout
