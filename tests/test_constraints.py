@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from lark_fast.errors import UserError
+from lark_fast.selection.constrained import constrained_weights
 from lark_fast.selection.constraints import NO_VALUE, Constraints, Share, linear_constraints, read_constraints
-from lark_fast.selection.global_budget import constrained_weights
 from lark_fast.selection.program import Candidates
 
 EVERYTHING = """

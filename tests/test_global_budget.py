@@ -10,8 +10,9 @@ import pytest
 
 from lark_fast.errors import UserError
 from lark_fast.kernels.chi2 import chi2_weights
+from lark_fast.selection.constrained import constrained_weights
 from lark_fast.selection.constraints import NO_VALUE, Constraints, Share
-from lark_fast.selection.global_budget import _bounded_quadratic, constrained_weights
+from lark_fast.selection.global_budget import _bounded_quadratic
 from lark_fast.selection.program import Candidates, chi2_of_problems, kkt_residuals, pose, solve_with_cvxpy
 
 SAID = "limits.yaml"
@@ -98,7 +99,7 @@ def tried(candidates, constraints, solver, flags):
 def test_dual_agrees_with_the_general_solver(kind):
     pytest.importorskip("cvxpy")
     solved = 0
-    for seed in range(10 if "r" in kind else 20):
+    for seed in range(8 if "r" in kind else 16):
         rng, candidates = pool(seed)
         constraints, flags = asked(rng, candidates, kind)
         ours = tried(candidates, constraints, "dual", flags)
@@ -107,7 +108,7 @@ def test_dual_agrees_with_the_general_solver(kind):
         if ours is not None:
             solved += 1
             np.testing.assert_allclose(ours.weight, theirs.weight, rtol=0, atol=1e-6, err_msg=f"seed {seed}")
-    assert solved >= 6  # not all of them infeasible
+    assert solved >= 5  # not all of them infeasible
 
 
 def written_out(candidates, constraints, budget, tau):
@@ -422,6 +423,44 @@ def test_a_tiny_tau_is_followed_down_to():
     constraints = Constraints(source=SAID, **says)
     ours, theirs = (constrained_weights(candidates, constraints, tau=0.01, solver=name) for name in ("dual", "cvxpy"))
     np.testing.assert_allclose(ours.weight, theirs.weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("tau", [1e-300, 1e-30, 1e-5, 1e30, 1e300])
+def test_tau_of_any_size(tau):
+    """It is met, or what float64 cannot resolve is refused; nothing overflows."""
+    rng = np.random.default_rng(10)
+    problem, e, tokens = np.repeat(np.arange(20), 5), rng.normal(size=100), rng.integers(1, 50, size=100)
+    candidates = Candidates(problem=problem, energies=e, n_tokens=tokens)
+    free = chi2_weights(e.reshape(20, 5), tau=tau).ravel()
+    limit = 0.8 * float(free @ tokens)
+    loose = constrained_weights(candidates, Constraints(source=SAID, tokens=1e9), tau=tau)
+    np.testing.assert_allclose(loose.weight, free, rtol=0, atol=1e-9)
+    says = Constraints(source=SAID, tokens=limit)
+    if tau < 1e-6:
+        with pytest.raises(UserError, match=rf"--tau {tau:g}: too small beside these energies .* give at least \de-06"):
+            constrained_weights(candidates, says, tau=tau)
+        return
+    found = constrained_weights(candidates, says, tau=tau)
+    assert found.weight @ tokens == pytest.approx(limit, rel=1e-9)
+    np.testing.assert_allclose(found.weight.reshape(20, 5).sum(axis=1), 1.0, rtol=1e-12)
+    if tau < 1:
+        assert np.count_nonzero(found.weight) <= 21  # a vertex of the linear program: one row more than problems
+
+
+@pytest.mark.parametrize("gap", [1e-4, 1e-7, 2e-9])
+def test_near_ties_make_a_tiny_tau_for_some_problems(gap):
+    """Top candidates that all but tie set T_B to the gap; the tie tolerance is 1e-9 of the spread."""
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        n = int(rng.integers(2, 30))
+        e, tokens = rng.normal(size=(n, 6)), rng.integers(1, 100, size=6 * n)
+        e[::2, 1] = e[::2].max(axis=1) + gap * rng.random((n + 1) // 2)
+        e[::2, 2] = e[::2].max(axis=1) + gap * rng.random((n + 1) // 2)
+        limit = 0.7 * tokens.reshape(n, 6).min(axis=1).sum() + 0.3 * tokens.mean() * n
+        candidates = Candidates(problem=np.repeat(np.arange(n), 6), energies=e.ravel(), n_tokens=tokens)
+        found = constrained_weights(candidates, Constraints(source=SAID, tokens=float(limit)), budget=2)
+        assert found.weight @ tokens <= limit * (1 + 1e-9)
+        assert found.solver != "cvxpy"
 
 
 def test_neither_order_nor_names_nor_split_priors_matter():

@@ -1,5 +1,7 @@
 """``select --constraints``: what the command makes of a file; the mathematics has its own tests."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -64,6 +66,16 @@ def test_what_cannot_hold_is_an_error_and_writes_nothing(tmp_path):
     assert "alpha" in str(caught.value)
     assert "beta" in str(caught.value)
     assert not (setup.out / "train.jsonl").exists()
+
+
+@pytest.mark.parametrize(("rows", "tau"), [(100, float), (10**6, str)])
+def test_rows_over_all_problems(tmp_path, rows, tau):
+    setup = Setup(tmp_path, {n: list(np.random.default_rng(n).normal(size=6)) for n in range(40)})
+    summary, lines = setup.select(constraints=write(tmp_path, f"budget: {{rows: {rows}}}\n"))
+    assert len(lines) == summary.rows == min(rows, 240)
+    told = json.loads((setup.out / "manifest.json").read_text())["constraints"]
+    assert told["solver"] == "closed form"
+    assert isinstance(told["tau"], tau)
 
 
 def test_a_sweep_under_constraints(tmp_path):

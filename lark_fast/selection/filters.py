@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from lark_fast.errors import UserError
 from lark_fast.pool.records import Record
+from lark_fast.selection.constraints import NO_VALUE, value_name
 from lark_fast.selection.hygiene.removals import Removal
 
-NO_VALUE = -1
 _YES, _NO = ("true", "yes", "1"), ("false", "no", "0", "")
 
 
@@ -62,7 +62,7 @@ class Where:
             self._fails[row] = True
             return
         self._lacks_column = False
-        self._fails[row] = _as_text(value) != self._value if self._has_value else not self._is_true(value, record)
+        self._fails[row] = value_name(value) != self._value if self._has_value else not self._is_true(value, record)
 
     def removals(self, gone: NDArray[np.bool_] | None = None) -> Iterator[Removal]:
         """See ``Filter``.
@@ -117,7 +117,7 @@ class ColumnValues:
         if isinstance(value, list | dict):
             raise UserError(f"{record.source}:{record.line}: {self.column} holds more than one value; a group has one")
         if value is not None:
-            self._of_row[row] = self._codes.setdefault(_as_text(value), len(self._codes))
+            self._of_row[row] = self._codes.setdefault(value_name(value), len(self._codes))
 
     def groups(self) -> tuple[NDArray[np.int32], list[str]]:
         """``[R]`` positions among the values, and these."""
@@ -126,7 +126,3 @@ class ColumnValues:
 
 def _value_of(record: Record, column: str) -> Any:
     return record.teacher or None if column == "teacher" else record.extra.get(column)
-
-
-def _as_text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

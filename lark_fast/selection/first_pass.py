@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from lark_fast.pool.reading import Pool
 from lark_fast.scoring.learnability import g_hat
 from lark_fast.selection.config import SelectConfig
-from lark_fast.selection.filters import NO_VALUE, ColumnValues, Filter, Where
+from lark_fast.selection.constraints import NO_VALUE
+from lark_fast.selection.filters import ColumnValues, Filter, Where
 from lark_fast.selection.hygiene.removals import Removal
 from lark_fast.selection.matching import Matching, RowIndex
 from lark_fast.selection.scored_rows import ScoredRows

@@ -45,6 +45,7 @@ from lark_fast.selection.constraints import (
 BLOCK_CELLS = 1 << 15
 
 _SMALLEST_TAU = 1e-6  # in units of the largest spread of a problem
+_LARGEST_GAIN = 1e150  # a tiny tau shall not leave the range of float64
 _RADIUS_STEPS = 12
 _RADIUS_GOOD = 1e-9
 
@@ -123,9 +124,11 @@ class Program:
         Where they do not, a constant for a problem changes nothing, and small differences shall not drown in it.
         """
         rate = np.repeat(self.rate if rate is None else rate, self.sizes)
-        if self.competing:
-            return self.energy * rate
-        return (self.energy - np.repeat(np.maximum.reduceat(self.energy, self.starts), self.sizes)) * rate
+        with np.errstate(over="ignore"):
+            gain = self.energy
+            if not self.competing:
+                gain = gain - np.repeat(np.maximum.reduceat(gain, self.starts), self.sizes)
+            return np.clip(gain * rate, -_LARGEST_GAIN, _LARGEST_GAIN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

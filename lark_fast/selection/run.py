@@ -26,6 +26,7 @@ from lark_fast.selection.weighing import Weighed, constrained, needed_columns, w
 from lark_fast.selection.writing import TrainFiles, write_weights
 
 if TYPE_CHECKING:
+    from lark_fast.selection.constrained import ConstrainedWeights
     from lark_fast.selection.constraints import Constraints
 
 __all__ = ["SelectConfig", "SelectionSummary", "select", "sweep"]
@@ -101,11 +102,11 @@ def _run(config: SelectConfig) -> dict[str, tuple[SelectionSummary, Weighed]]:
         told, exported = _write(config, rows, index, pool, selections, seen)
         outcome = {}
         for name, variant in asked.items():
-            weighed, notes = found[name]
-            notes = seen.notes + notes + exported.get(directories[name], ())
+            weighed, solved = found[name]
+            notes = seen.notes + (solved.lines if solved else ()) + exported.get(directories[name], ())
             facts = {"without_g_hat": without_g_hat, "removed": seen.removed.counts, "notes": notes} | told
             summary = _summary(directories[name], rows, weighed, facts)
-            _write_manifest(directories[name] / "manifest.json", variant, manifest, summary)
+            _write_manifest(directories[name] / "manifest.json", variant, manifest, summary, solved)
             outcome[name] = summary, weighed
     return outcome
 
@@ -118,13 +119,13 @@ def _refuse_existing(directories: Iterable[Path], overwrite: bool) -> None:
 
 def _weigh(
     variant: SelectConfig, rows: ScoredRows, constraints: "Constraints | None", seen: Seen
-) -> tuple[Weighed, tuple[str, ...]]:
-    """The weights of one selection, and what its summary is to say of them."""
+) -> tuple[Weighed, "ConstrainedWeights | None"]:
+    """The weights of one selection, and how constraints bind, if there are any."""
     if constraints is None:
         options = PolicyOptions(
             budget=variant.budget, tau=variant.tau, ties=variant.ties, band=variant.band or _quartiles(rows, variant)
         )
-        return weigh(rows, variant.policy, options, seed=variant.seed, teacher_order=variant.teacher_order), ()
+        return weigh(rows, variant.policy, options, seed=variant.seed, teacher_order=variant.teacher_order), None
     return constrained(rows, constraints, seen.groups, budget=variant.budget, tau=variant.tau)
 
 
@@ -197,7 +198,18 @@ def _teacher_shares(rows: ScoredRows, weighed: Weighed) -> dict[str, dict[str, f
     return {rows.teachers[index]: {name: float(shares[name][index]) for name in amounts} for index in by_name}
 
 
-def _write_manifest(path: Path, config: SelectConfig, scores: dict[str, Any], summary: SelectionSummary) -> None:
+def _how_solved(solved: "ConstrainedWeights") -> dict[str, Any]:
+    facts = {name: getattr(solved, name) for name in ("multipliers", "tau", "solver", "residual")}
+    return facts | {"tau": "infinite" if solved.tau == math.inf else solved.tau}
+
+
+def _write_manifest(
+    path: Path,
+    config: SelectConfig,
+    scores: dict[str, Any],
+    summary: SelectionSummary,
+    solved: "ConstrainedWeights | None",
+) -> None:
     facts = asdict(summary)
     means = {name: facts.pop(name) for name in ("mean_effective_sample_size", "mean_chi2_divergence")}
     teachers, tokens, notes, _ = (facts.pop(name) for name in ("teachers", "selected_tokens", "notes", "out"))
@@ -215,6 +227,7 @@ def _write_manifest(path: Path, config: SelectConfig, scores: dict[str, Any], su
             **means,
             "selected_tokens": tokens,
             "teachers": teachers,
+            "constraints": solved and _how_solved(solved),
             "notes": notes,
             "versions": {
                 "lark_fast": lark_fast.__version__,

@@ -22,6 +22,7 @@ from lark_fast.selection.policies import (
 from lark_fast.selection.scored_rows import ScoredRows
 
 if TYPE_CHECKING:
+    from lark_fast.selection.constrained import ConstrainedWeights
     from lark_fast.selection.constraints import Constraints
 
 
@@ -95,13 +96,13 @@ def constrained(
     *,
     budget: int | None,
     tau: float | None,
-) -> tuple[Weighed, tuple[str, ...]]:
-    """Weights under constraints that tie problems together, and what is to be said of how they bind.
+) -> tuple[Weighed, "ConstrainedWeights"]:
+    """Weights under constraints that tie problems together, and how these bind.
 
     Raises:
         UserError: a g_hat is infinite, none is there, or the constraints cannot all hold.
     """
-    from lark_fast.selection.global_budget import constrained_weights
+    from lark_fast.selection.constrained import constrained_weights
     from lark_fast.selection.program import Candidates
 
     energies = rows.numbers["g_hat"]
@@ -110,7 +111,7 @@ def constrained(
     _refuse_empty(rows, energies, PolicyOptions())
     candidates = Candidates(problem=rows.problem, energies=energies, n_tokens=rows.n_tokens, groups=groups)
     solved = constrained_weights(candidates, constraints, budget=budget, tau=tau)
-    return sum_up(rows, usable, solved.weight, solved.weight > 0), tuple(solved.lines)
+    return sum_up(rows, usable, solved.weight, solved.weight > 0), solved
 
 
 def sum_up(rows: ScoredRows, usable: Bools, weight: Floats, chosen: Bools, *, whole_problems: int = 0) -> Weighed:
