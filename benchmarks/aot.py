@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from lark_fast.kernels import (
+    chi2_triton,
     dispatch,
     linear_cross_entropy_triton,
     logits_triton,
@@ -142,6 +143,10 @@ def launches(arch: str) -> Iterator[Launch]:
     yield top_k(torch.float32, V, 50, True)
     yield top_k(torch.float32, V, 1000, False)  # more than a program holds
     yield from (reduction(extras) for extras in (True, False))
+    yield selection(64, "exact", torch.float32, False)
+    for form, extras in (("exact", True), ("reference", False), ("tau", True)):
+        # 16 cells a thread, in float64 and with all that there is: more registers than any other takes.
+        yield selection(chi2_triton.SIZES[-1], form, torch.float64, extras)
 
 
 def fused(
@@ -235,6 +240,21 @@ def reduction(extras: bool) -> Launch:
         "trajectory_reduce",
         f"all fields, rows, nll_before={extras}",
         lambda: trajectory_reduce_triton.reduce_on_device(fields, whole(65), *rest, 100),
+    )
+
+
+def selection(size: int, form: str, dtype: torch.dtype, extras: bool) -> Launch:
+    """The selection weights; extras: a prior, and problems of many sizes with a number each."""
+    n = 1000
+    energies = empty(n * size, dtype=dtype) if extras else empty(n, size - 1, dtype=dtype)
+    out = empty(*energies.shape, dtype=dtype), whole(n), empty(4, n, dtype=torch.float64)
+    settings = empty(n if extras else 1, dtype=torch.float64 if form == "tau" else torch.int64)
+    rest = {"offsets": whole(n + 1), "order": whole(n)} if extras else {}
+    prior = empty(n * size, dtype=dtype) if extras else None
+    return Launch(
+        "chi2_solve",
+        f"K<={size} {form} {dtype} prior, offsets={extras}",
+        lambda: chi2_triton.launch(form, size, energies, prior, settings, out, **rest),
     )
 
 

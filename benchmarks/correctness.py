@@ -10,9 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks import head, loss, trajectories
+from benchmarks import chi2, head, loss, trajectories
 from benchmarks.accuracy import judge
 from benchmarks.comparison import DEVICE
+from lark_fast.kernels.chi2 import chi2_solve
 from lark_fast.kernels.dispatch import has_triton
 from lark_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from lark_fast.kernels.softmax_sums import STATISTICS, TokenStats
@@ -84,6 +85,9 @@ def cases(seed: int, tiny: bool = False) -> Iterator[Case]:
                 yield from _loss_cases(*shape, dtype, kind, g)
     for impl in kernel_forms():
         yield _trajectory_case(impl, seed)
+    for impl in ("triton", "numpy") if len(kernel_forms()) > 1 else ("numpy",):
+        for dtype in (FLOAT, torch.float64):
+            yield _selection_case(impl, dtype, seed, 60 if tiny or interpreted() else 20_000)
 
 
 def check(case: Case) -> list[dict]:
@@ -202,6 +206,15 @@ def _trajectory_case(impl: str, seed: int) -> Case:
 
     shape = f"N=2000 T={len(stats.nll)}"
     return Case(name=f"{trajectories.NAME}/{impl}", shape=shape, dtype=torch.float32, operands="random", run=run)
+
+
+def _selection_case(impl: str, dtype: torch.dtype, seed: int, n: int) -> Case:
+    energies = torch.from_numpy(chi2.inputs(n, ragged=True, seed=seed)).to(DEVICE, dtype)
+
+    def run() -> list[dict]:
+        return chi2.errors(chi2_solve(energies, chi2.BUDGET, impl=impl), energies.double().cpu().numpy())
+
+    return Case(name=f"{chi2.NAME}/{impl}", shape=f"N={n} K={chi2.K}", dtype=dtype, operands="ragged", run=run)
 
 
 def _eager_logits(

@@ -30,7 +30,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # poisoned outputs 
 
 import torch
 
-from benchmarks import baselines, correctness, head, loss, passes, timing, training, trajectories
+from benchmarks import baselines, chi2, correctness, head, loss, passes, timing, training, trajectories
 from benchmarks.comparison import DEVICE, Workload, missing_peers, note_missing
 from benchmarks.fingerprint import fingerprints
 
@@ -161,6 +161,9 @@ def _steps(tiny: bool) -> Iterator[Step]:
     for shape in loss_shapes:
         yield loss.NAME, partial(loss.workload, *shape)
     yield trajectories.NAME, partial(trajectories.reduction, n)
+    for dtype in chi2.DTYPES:
+        for ragged in (False, True):
+            yield chi2.NAME, partial(chi2.solving, 400 if tiny else chi2.N, dtype, ragged)
     for case in [passes.TINY] if tiny else passes.PASSES:
         yield passes.NAME, case.build
     for case in [training.TINY] if tiny else training.CASES:

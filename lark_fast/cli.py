@@ -109,6 +109,13 @@ class Export(StrEnum):
     lark_json = "lark-json"
 
 
+class NearDuplicates(StrEnum):
+    """What counts as the same answer."""
+
+    exact = "exact"
+    minhash = "minhash"
+
+
 PoolOption = Annotated[
     list[str],
     typer.Option(help="JSONL, JSON or Parquet (.gz, .zst too): a file, directory, glob or hub id. May be repeated."),
@@ -151,6 +158,10 @@ def score(
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the student's layers first: faster on long runs.")
     ] = False,
+    local_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Also score each step with only K preceding ones as context (LALP): local_nll."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first N records.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what a run would take; write nothing.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop with exit code 2 at the first reject.")] = False,
@@ -175,6 +186,7 @@ def score(
         tokens_per_batch=_number_or_auto(tokens_per_batch, "--tokens-per-batch", at_least=1),
         workers=_number_or_auto(workers, "--workers", at_least=0),
         compile=compile,
+        local_steps=local_steps,
         limit=limit,
         dry_run=dry_run,
         strict=strict,
@@ -196,30 +208,98 @@ def score(
 @app.command()
 def select(
     scores: Annotated[str, typer.Option(help="What `lark-fast score --out` wrote.")],
-    pool: PoolOption,
-    out: Annotated[str, typer.Option(help="Directory of the selection: train.jsonl and manifest.json.")],
+    out: Annotated[str, typer.Option(help="Directory of the selection: train.jsonl, weights.parquet, manifest.json.")],
+    pool: Annotated[
+        list[str] | None, typer.Option(help="What was scored; may be repeated. Without it: weights.parquet only.")
+    ] = None,
     budget: Annotated[int | None, typer.Option(help="Candidates of a problem that get weight. Default: 3.")] = None,
-    tau: Annotated[float | None, typer.Option(help="Strength of the chi-squared penalty, instead of a budget.")] = None,
-    policy: Annotated[str, typer.Option(help="chi2, topb, random, nll or rsr.")] = "chi2",
+    tau: Annotated[
+        float | None, typer.Option(help="Strength of the penalty (chi2, kl) in units of g_hat, instead of a budget.")
+    ] = None,
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="chi2, topb, kl, random, nll, local, perplexity, entropy, rsr, rho, brier, shortest, longest, "
+            "teacher, or module:function."
+        ),
+    ] = "chi2",
     ties: Annotated[Ties, typer.Option(help="reference: ties as LARK's released code treats them.")] = Ties.exact,
-    seed: Annotated[int, typer.Option(help="Of the policy random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the policies random and perplexity.")] = 0,
+    band: Annotated[
+        str | None,
+        typer.Option(help="LOW:HIGH, the perplexities of the policy perplexity. Default: the quartiles."),
+    ] = None,
+    teacher_order: Annotated[
+        str | None, typer.Option(help="TEACHER,TEACHER,...: whom the policy teacher prefers, best first.")
+    ] = None,
+    constraints: Annotated[
+        str | None, typer.Option(help="A YAML file of budgets and shares over all problems (docs/constraints.md).")
+    ] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(help="COLUMN or COLUMN=VALUE: only records of which it is true (repeatable).")
+    ] = None,
+    near_duplicates: Annotated[
+        NearDuplicates | None, typer.Option(help="Keep one of a problem's answers that are equal, or nearly so.")
+    ] = None,
+    near_duplicate_threshold: Annotated[
+        float, typer.Option(help="Estimated Jaccard similarity at which minhash calls two the same.")
+    ] = 0.8,
+    decontaminate: Annotated[
+        list[str] | None, typer.Option(help="A benchmark's items: problems that share words with them go (repeatable).")
+    ] = None,
+    ngram: Annotated[int, typer.Option(help="Words in a row that --decontaminate looks for.")] = 13,
+    export: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also write it for trl, llama-factory, axolotl, ... (docs/formats.md; repeatable)."
+        ),
+    ] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="A selection for each combination of the KEY=VALUE,VALUE,... that follow.")
+    ] = False,
+    axes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE,...]...", help="For --sweep: budget, tau, policy, ties, seed.", show_default=False
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Choose a weighted subset of each problem's candidates; no forward pass."""
+    from lark_fast.errors import UserError
     from lark_fast.selection.run import SelectConfig
     from lark_fast.selection.run import select as run
+    from lark_fast.selection.run import sweep as run_sweep
 
+    if sweep != bool(axes):
+        raise UserError("--sweep and KEY=VALUE,VALUE,... (such as budget=1,2,3 policy=chi2,rsr): one needs the other")
     config = SelectConfig(
         scores=scores,
-        pool=tuple(pool),
+        pool=tuple(pool or ()),
         out=out,
         budget=budget,
         tau=tau,
         policy=policy,
         ties=ties.value,
         seed=seed,
+        band=_band(band),
+        teacher_order=tuple(name.strip() for name in teacher_order.split(",")) if teacher_order else (),
+        constraints=constraints,
+        where=tuple(where or ()),
+        near_duplicates=None if near_duplicates is None else near_duplicates.value,
+        near_duplicate_threshold=near_duplicate_threshold,
+        decontaminate=tuple(decontaminate or ()),
+        ngram=ngram,
+        export=tuple(dict.fromkeys(export or ())),
+        sweep=tuple(axes or ()),
         overwrite=overwrite,
     )
+    if sweep:
+        summaries, tables = run_sweep(config)
+        for line in tables.splitlines():
+            _say(line)
+        _say(f"{out}: {len(summaries)} selections side by side in comparison.md and comparison.json")
+        return
     summary = run(config)
     for line in summary.lines():
         _say(line)
@@ -443,6 +523,16 @@ def _number_or_auto(text: str, option: str, *, at_least: int) -> int | None:
     if not text.isdecimal() or int(text) < at_least:
         raise typer.BadParameter(f"a whole number, at least {at_least}, or auto", param_hint=option)
     return int(text)
+
+
+def _band(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        low, high = map(float, text.split(":"))
+    except ValueError:
+        raise typer.BadParameter("two numbers, LOW:HIGH", param_hint="--band") from None
+    return low, high
 
 
 def _say(line: str) -> None:

@@ -25,7 +25,7 @@ def test_kernels_fit_the_chip(arguments):
     assert done.returncode == 0, done.stderr
     operations = {report["operation"] for report in reports}
     head = {"partial_sums", "label_logits", "finish", "logits_sums", "brier_topk", "trajectory_reduce"}
-    assert operations == head | {"loss_errors", "loss_errors_of_logits"}
+    assert operations == head | {"loss_errors", "loss_errors_of_logits", "chi2_solve"}
 
 
 def test_faults_are_found():

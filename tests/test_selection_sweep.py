@@ -66,7 +66,7 @@ def test_a_sweep_is_its_selections_side_by_side(tmp_path, with_pool):
             counts = [sum(low < line["weight"] <= high for line in lines) for low, high in bins]
             assert facts["weight_histogram"] == counts
             chosen[name] = set(weights_of(single.out))
-            assert f"| {name} " in tables
+            assert f" {name} " in tables
             manifest = json.loads((setup.out / name / "manifest.json").read_text())
             assert (manifest["config"]["budget"], manifest["config"]["policy"]) == (budget, policy)
     for a in chosen:

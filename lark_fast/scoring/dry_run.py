@@ -27,6 +27,7 @@ def dry_run(config: "ScoreConfig", pool: Pool) -> ScoreSummary:
     """Read, render and count the pool, measure the student's speed on its first records, say what a run will take."""
     from lark_fast.flop import ForwardCost, matmul_ceiling
     from lark_fast.scoring.estimate import Footprint, estimate
+    from lark_fast.scoring.local import local_pieces
     from lark_fast.scoring.run import Rejects, load_scorer, make_feed
 
     scorer = load_scorer(config)
@@ -36,12 +37,17 @@ def dry_run(config: "ScoreConfig", pool: Pool) -> ScoreSummary:
     rejects = Rejects(config, summary)
     feed = make_feed(config, pool, scorer.renderer, student.device.type, _known(config), rejects)
     lengths, sample, sample_tokens = array("i"), [], 0
-    account = summary.account
+    account, cost, local_flop = summary.account, ForwardCost.of(student.model), 0.0
     started = time.monotonic()
     with track("rendering", pool.total_bytes) as progress:
         for item in feed:
             lengths.append(len(item.input_ids))
             account.scored_tokens += int(np.count_nonzero(item.labels >= 0))
+            if config.local_steps is not None:
+                pieces = local_pieces(item.labels, item.step_starts, config.local_steps)
+                own = [piece.n_tokens for piece in pieces]
+                account.local_tokens += sum(own)
+                local_flop += cost.flop(own, sum(piece.n_scored for piece in pieces))
             if sample_tokens < SAMPLE_TOKENS:
                 sample.append(item)
                 sample_tokens += len(item.input_ids)
@@ -50,7 +56,6 @@ def dry_run(config: "ScoreConfig", pool: Pool) -> ScoreSummary:
     account.records, account.kept, account.scored = feed.records, feed.kept, feed.yielded
     account.input_tokens = account.rendered_tokens = feed.input_tokens
     account.render_seconds, summary.truncated = feed.render_seconds, feed.truncated
-    cost = ForwardCost.of(student.model)
     summary.estimate = estimate(
         cost,
         np.asarray(lengths),
@@ -59,6 +64,8 @@ def dry_run(config: "ScoreConfig", pool: Pool) -> ScoreSummary:
         footprint=Footprint.of(student.model),
         tokens_per_batch=scorer.tokens_per_batch,
         per_token=config.per_token,
+        local_tokens=account.local_tokens,
+        local_flop=local_flop,
     )
     return summary
 

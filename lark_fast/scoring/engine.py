@@ -19,6 +19,7 @@ from lark_fast.interrupts import Interrupts
 from lark_fast.packing import windows
 from lark_fast.scoring.feed import Trajectory, changed_text
 from lark_fast.scoring.forward import Passes, Scored
+from lark_fast.scoring.local import LocalPasses
 from lark_fast.scoring.metrics import Account
 from lark_fast.scoring.prefetch import prefetch
 from lark_fast.scoring.store import Key, ScoreStore
@@ -91,6 +92,7 @@ class Engine:
         row: the row of a trajectory, from its statistics.
         reject: what to do with a trajectory that the device's memory cannot hold.
         progress: called with how much of the pool is done, before a window and after every pass.
+        local_steps: also give local scores with so many preceding steps, see ``local``; the feed finds the steps.
     """
 
     def __init__(
@@ -103,9 +105,10 @@ class Engine:
         row: Callable[[Trajectory, Scored], dict[str, Any]],
         reject: Callable[[Trajectory], None],
         progress: Callable[[float], None],
+        local_steps: int | None = None,
     ) -> None:
         self.passes, self.cost, self.store, self.account = passes, cost, store, account
-        self.row, self.reject, self.progress = row, reject, progress
+        self.row, self.reject, self.progress, self.local_steps = row, reject, progress, local_steps
 
     def run(self, cut: Iterator[Window], interrupts: Interrupts) -> None:
         """Score every window.
@@ -138,14 +141,30 @@ class Engine:
         """Forward passes of a window until somebody asks to stop; returns what the memory could not hold."""
         lost: set[int] = set()
         done, total = 0, sum(batch.n_tokens for batch in window.batches)
-        for batch, scored in self.passes.run(interrupts.until_asked(window.batches)):
+
+        def position() -> float:
+            return window.start + done / total * (window.end - window.start)
+
+        def on_piece(lengths: Sequence[int], n_scored: int) -> None:
+            self.account.local_tokens += sum(lengths)
+            self.account.forward_flop += self.cost.flop(lengths, n_scored)
+            self._count_work()
+            self.progress(position())
+
+        if self.local_steps is None:
+            results = self.passes.run(interrupts.until_asked(window.batches))
+        else:
+            starts = [item.step_starts for item in window.trajectories]
+            local = LocalPasses(self.passes, self.local_steps, starts, on_piece)
+            results = local.run(window.batches, interrupts.until_asked)
+        for batch, scored in results:
             if scored is None:
                 lost.update(twin for index in batch.members for twin in window.twins[index])
             else:
                 writer.submit(self._append, window, batch, scored)
                 self._count(window, batch, scored)
             done += batch.n_tokens
-            self.progress(window.start + done / total * (window.end - window.start))
+            self.progress(position())
         return lost
 
     def _append(self, window: Window, batch: Batch, scored: Sequence[Scored]) -> None:
@@ -158,9 +177,8 @@ class Engine:
         )
 
     def _count(self, window: Window, batch: Batch, scored: Sequence[Scored]) -> None:
-        account, work = self.account, self.passes.work
-        account.packs, account.padded_tokens = work.batches, work.padded_tokens
-        account.device_seconds, account.out_of_memory = work.device_seconds, work.halvings
+        account = self.account
+        self._count_work()
         n_scored = [len(one.tokens.nll) for one in scored]
         for index, n_tokens in zip(batch.members, n_scored, strict=True):
             n_twins = len(window.twins[index])
@@ -168,6 +186,11 @@ class Engine:
             account.input_tokens += n_twins * len(window.trajectories[index].input_ids)
             account.scored_tokens += n_twins * n_tokens
         account.forward_flop += self.cost.flop(batch.lengths, sum(n_scored))
+
+    def _count_work(self) -> None:
+        account, work = self.account, self.passes.work
+        account.packs, account.padded_tokens = work.batches, work.padded_tokens
+        account.device_seconds, account.out_of_memory = work.device_seconds, work.halvings
 
 
 class _Writer:

@@ -136,6 +136,8 @@ def estimate(
     footprint: Footprint,
     tokens_per_batch: int,
     per_token: bool = False,
+    local_tokens: int = 0,
+    local_flop: float = 0.0,
 ) -> Estimate:
     """Time, memory and disk of scoring trajectories of these lengths.
 
@@ -147,15 +149,16 @@ def estimate(
         footprint: of the student, in the dtype it will run in.
         tokens_per_batch: of a pack; a longer trajectory is a pack of its own.
         per_token: every token's statistics are stored too.
+        local_tokens, local_flop: of the passes that local scores take besides.
     """
     lengths = np.asarray(lengths)
     tokens, longest = int(lengths.sum(dtype=np.int64)), int(lengths.max(initial=0))
-    pack_tokens = max(min(tokens_per_batch, tokens), longest)
+    pack_tokens = max(min(tokens_per_batch, max(tokens, local_tokens)), longest)
     return Estimate(
         records=len(lengths),
         input_tokens=tokens,
         scored_tokens=n_scored,
-        flop=cost.flop(lengths, n_scored),
+        flop=cost.flop(lengths, n_scored) + local_flop,
         flop_per_second=flop_per_second,
         pack_tokens=pack_tokens,
         weights_bytes=footprint.weights,

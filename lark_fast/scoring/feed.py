@@ -22,6 +22,7 @@ from lark_fast.errors import RejectError, UserError
 from lark_fast.pool.keys import KeySnapshot, KeyTable
 from lark_fast.pool.reading import Pool, RawRecord, Rejected
 from lark_fast.rendering.renderer import Renderer, TemplateError
+from lark_fast.scoring.local import step_starts
 from lark_fast.scoring.workers import map_in_workers
 
 _CHUNK_BYTES = 1 << 18
@@ -43,6 +44,7 @@ class Trajectory:
     truncated: bool
     token_hash: bytes  # 16 bytes, see ``token_hash``
     position: int  # how many bytes of the pool had been read when this record was; never falls
+    step_starts: NDArray[np.int32] | None = None  # [S], see ``local.step_starts``; None where nobody asked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +131,7 @@ class Feed:
         limit: int | None = None,
         workers: int = 0,
         resumed: bool | None = None,
+        find_steps: bool = False,
     ) -> None:
         """Nothing is read or started before the iteration.
 
@@ -142,6 +145,7 @@ class Feed:
             workers: processes to use; with 0 there is neither a process nor a thread.
             resumed: whether scores exist already, so that a template at fault costs only the records it concerns. None:
                 if anything is known.
+            find_steps: also say where each trajectory's steps begin.
 
         Raises:
             ValueError: ``workers`` is below 0.
@@ -149,7 +153,7 @@ class Feed:
         if workers < 0:
             raise ValueError(f"workers is at least 0, not {workers}")
         self._pool, self._renderer, self._known, self._on_reject = pool, renderer, known, on_reject
-        self._limit, self._workers = limit, workers
+        self._limit, self._workers, self._find_steps = limit, workers, find_steps
         self._resumed = len(known) > 0 if resumed is None else resumed
         self.records = self.kept = self.yielded = self.truncated = self.input_tokens = self.position = 0
         self.render_seconds = 0.0
@@ -170,14 +174,14 @@ class Feed:
                 self.position = chunk.position
 
     def _inline(self) -> Iterator[_Chunk]:
-        prepare = _Preparer(self._renderer, self._known)
+        prepare = _Preparer(self._renderer, self._known, self._find_steps)
         with closing(self._pool.read_raw(self._limit)) as raws:
             for raw in raws:
                 yield prepare([raw])
 
     def _in_workers(self) -> Iterator[_Chunk]:
         keys = self._snapshot()
-        prepare = _Preparer(self._renderer, keys)
+        prepare = _Preparer(self._renderer, keys, self._find_steps)
         descriptors = [keys.descriptor] if keys else []
         try:
             with closing(self._chunks()) as chunks:
@@ -259,8 +263,8 @@ class Feed:
 class _Preparer:
     """What happens to raw records in a worker, or without one."""
 
-    def __init__(self, renderer: Renderer, known: KeyTable | KeySnapshot | None) -> None:
-        self._renderer, self._known = renderer, known
+    def __init__(self, renderer: Renderer, known: KeyTable | KeySnapshot | None, find_steps: bool) -> None:
+        self._renderer, self._known, self._find_steps = renderer, known, find_steps
 
     def __call__(self, raws: Iterable[RawRecord]) -> _Chunk:
         """Parse, render and tokenise them."""
@@ -306,4 +310,5 @@ class _Preparer:
             truncated=rendered.truncated,
             token_hash=token_hash(input_ids, labels),
             position=raw.position,
+            step_starts=step_starts(rendered, self._renderer) if self._find_steps else None,
         )

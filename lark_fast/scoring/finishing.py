@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lark_fast.scoring.learnability import g_hat, rho
-from lark_fast.scoring.parts import STATISTICS, part_files, reading, schema, write_part
+from lark_fast.scoring.parts import STATISTICS, part_files, reading, schema_of, write_part
 
 GROUP_ROWS = 1_000_000  # rows whose problems are grouped in memory at a time
 
@@ -52,7 +52,7 @@ def add_learnability(directory: Path, identity: dict[str, Any]) -> dict[str, int
             values[rows] = g_hat(nll[first], brier[first], problem)
             moved = np.flatnonzero(first != np.arange(len(first)))
             origin.update(zip(rows[moved].tolist(), rows[first[moved]].tolist(), strict=True))
-        final = schema(top_k=identity["top_k"], per_token=identity["per_token"], final=True)
+        final = schema_of(identity, final=True)
         _rewrite(parts, sizes, score, final, values, origin)
         not_finite = int(np.count_nonzero(np.isnan(values)))
     return {"rows": total, "problems": problems, "not_finite": not_finite}

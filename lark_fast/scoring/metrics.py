@@ -23,6 +23,7 @@ class Account:
     rejected: int = 0
     input_tokens: int = 0  # of the trajectories scored in this run
     scored_tokens: int = 0  # of these, those that have statistics
+    local_tokens: int = 0  # that went through the model once more, as context or step of a local score
     padded_tokens: int = 0  # that went through the model beside them; 0 when packed
     forward_flop: float = 0.0  # see ``lark_fast.flop``
     packs: int = 0  # forward passes
@@ -62,7 +63,7 @@ class Account:
     @property
     def padding_share(self) -> float:
         """Of the tokens that went through the model, the share that was padding."""
-        return _over(self.padded_tokens, self.input_tokens + self.padded_tokens)
+        return _over(self.padded_tokens, self.input_tokens + self.local_tokens + self.padded_tokens)
 
     def as_json(self, ceiling: float = math.nan) -> dict[str, Any]:
         """All of it by name, flat; what is not known is None. ``matmul_flop_per_second`` is the ceiling."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +11,8 @@ import pyarrow.parquet as pq
 from lark_fast.errors import UserError
 from lark_fast.files import atomic_path
 
-STATISTICS = ("nll", "brier", "brier_topk", "entropy", "rank_mean", "rsr")
+LOCAL = ("local_nll", "local_step_nll")  # see ``local``
+STATISTICS = ("nll", "brier", "brier_topk", "entropy", "rank_mean", "rsr", *LOCAL)
 PER_TOKEN = {
     "token_nll": pa.float32(),
     "token_brier": pa.float32(),
@@ -20,9 +22,10 @@ PER_TOKEN = {
 }
 
 
-def schema(*, top_k: int | None, per_token: bool = False, final: bool = False) -> pa.Schema:
+def schema(*, top_k: int | None, per_token: bool = False, local: bool = False, final: bool = False) -> pa.Schema:
     """Columns of a part, raw or final."""
-    statistics = [name for name in STATISTICS if name != "brier_topk" or top_k is not None]
+    left_out = {*(() if local else LOCAL), *(("brier_topk",) if top_k is None else ())}
+    statistics = [name for name in STATISTICS if name not in left_out]
     tokens = [name for name in PER_TOKEN if per_token and (name != "token_brier_topk" or top_k is not None)]
     derived = ["rho", "g_hat"] if final else []
     return pa.schema(
@@ -39,6 +42,16 @@ def schema(*, top_k: int | None, per_token: bool = False, final: bool = False) -
             ("token_hash", pa.binary(16)),
             *[(name, pa.list_(PER_TOKEN[name])) for name in tokens],
         ]
+    )
+
+
+def schema_of(identity: dict[str, Any], *, final: bool = False) -> pa.Schema:
+    """The columns that the parts of a store with this identity have."""
+    return schema(
+        top_k=identity["top_k"],
+        per_token=identity["per_token"],
+        local=identity.get("local_steps") is not None,  # stores begun before there were any do not say
+        final=final,
     )
 
 

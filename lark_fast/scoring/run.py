@@ -50,6 +50,7 @@ class ScoreConfig:
     tokens_per_batch: int | None = None
     workers: int | None = None  # processes that render; None: by the device
     compile: bool = False
+    local_steps: int | None = None  # preceding steps that are context of local scores; None: none are made
     limit: int | None = None
     dry_run: bool = False
     strict: bool = False
@@ -132,7 +133,16 @@ def make_feed(
     workers = config.workers
     if workers is None:  # a tokenizer that came with code of its own cannot be sent to other processes
         workers = 0 if config.trust_remote_code else default_workers(device)
-    return Feed(pool, renderer, known=known, on_reject=rejects, limit=config.limit, workers=workers, resumed=resumed)
+    return Feed(
+        pool,
+        renderer,
+        known=known,
+        on_reject=rejects,
+        limit=config.limit,
+        workers=workers,
+        resumed=resumed,
+        find_steps=config.local_steps is not None,
+    )
 
 
 class Rejects:
@@ -195,6 +205,7 @@ def _score(
             row=lambda item, scored: _row(item, scored, config.per_token),
             reject=reject,
             progress=watch,
+            local_steps=config.local_steps,
         )
         stream = _say_what_rounding_costs(config, scorer, feed) if _chose_bfloat16(config, store, scorer) else feed
         try:
@@ -288,6 +299,7 @@ def _identity(config: ScoreConfig, scorer: "Scorer") -> dict[str, Any]:
         "dtype": str(scorer.student.dtype).removeprefix("torch."),
         "top_k": config.top_k,
         "per_token": config.per_token,
+        "local_steps": config.local_steps,
         **asdict(scorer.options),
     }
 

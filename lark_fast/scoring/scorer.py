@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lark_fast.batch import Sequences
@@ -19,6 +20,7 @@ from lark_fast.scoring.estimate import Footprint
 from lark_fast.scoring.feed import token_hash
 from lark_fast.scoring.forward import Passes, Scored
 from lark_fast.scoring.learnability import rho
+from lark_fast.scoring.local import LocalPasses, step_starts
 from lark_fast.student import Student, load_student
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ class TrajectoryStats:
     rsr: float
     tokens: TokenStats  # of the scored positions, in order, on the CPU
     token_hash: bytes  # 16 bytes; equal for equal token ids and scored positions
+    local_nll: float | None = None  # nats, see ``lark_fast.scoring.local``; None where nobody asked
+    local_step_nll: float | None = None
 
     @property
     def brier_used(self) -> float:
@@ -60,7 +64,8 @@ class TrajectoryStats:
 class TrajectoryScore:
     """The score of one record. ``g_hat`` needs all candidates of a problem: see ``lark_fast.g_hat``.
 
-    Means are over the scored tokens; in ``rank_mean`` and ``rsr``, ranks beyond 100 count as 100.
+    Means are over the scored tokens; in ``rank_mean`` and ``rsr``, ranks beyond 100 count as 100. ``local_nll`` and
+    ``local_step_nll`` are None unless ``local_steps`` was given.
     """
 
     problem_id: int | str
@@ -76,6 +81,8 @@ class TrajectoryScore:
     rank_mean: float
     rsr: float
     rho: float
+    local_nll: float | None = None
+    local_step_nll: float | None = None
 
 
 class Scorer:
@@ -134,12 +141,21 @@ class Scorer:
         """Load a student from a directory or hub id; further arguments as for ``Scorer``."""
         return cls(load_student(path, device=device, dtype=dtype), top_k=top_k, **options)
 
-    def score(self, records: Iterable[dict[str, Any] | Record]) -> list[TrajectoryScore]:
+    def score(
+        self, records: Iterable[dict[str, Any] | Record], *, local_steps: int | None = None
+    ) -> list[TrajectoryScore]:
         """Score records of any pool format: one ``TrajectoryScore`` a record, in order.
 
+        Args:
+            records: of any format that a pool may have.
+            local_steps: also score each reasoning step with the prompt and only so many preceding steps as context
+                (LALP, arXiv 2510.03988; see ``lark_fast.scoring.local``), which takes forward passes of its own.
+
         Raises:
-            ValueError: a record cannot be scored; the message gives its index and the reason.
+            ValueError: a record cannot be scored; the message gives its index and the reason. ``local_steps`` below 1.
         """
+        if local_steps is not None and local_steps < 1:
+            raise ValueError(f"local_steps is at least 1, not {local_steps}")
         if self.renderer is None:
             raise ValueError("this Scorer has no tokenizer: score_tokens takes token ids")
         known, rendered = [], []
@@ -149,7 +165,8 @@ class Scorer:
                 rendered.append(self.renderer(known[-1]))
             except RejectError as error:
                 raise ValueError(f"record {index}: {error}") from error
-        return [_named(record, stats) for record, stats in zip(known, self.score_rendered(rendered), strict=True)]
+        scored = self.score_rendered(rendered, local_steps=local_steps)
+        return [_named(record, stats) for record, stats in zip(known, scored, strict=True)]
 
     def score_tokens(self, input_ids: Any, labels: Any) -> TokenStats | list[TokenStats]:
         """Per-token statistics of the scored positions.
@@ -179,17 +196,23 @@ class Scorer:
         return scored[0].tokens if single else [item.tokens for item in scored]
 
     def score_rendered(
-        self, rendered: Sequence[Rendered], on_batch: Callable[[float], None] | None = None
+        self,
+        rendered: Sequence[Rendered],
+        on_batch: Callable[[float], None] | None = None,
+        local_steps: int | None = None,
     ) -> list[TrajectoryStats]:
         """Statistics of rendered trajectories, in order; those with the same tokens are scored once.
 
-        ``on_batch`` hears after each forward pass which share of the tokens is done.
+        ``on_batch`` hears after each forward pass which share of the tokens is done; ``local_steps`` as in ``score``.
         """
         hashes = [token_hash(item.input_ids, item.labels) for item in rendered]
         first = {digest: index for index, digest in reversed(list(enumerate(hashes)))}
         unique = sorted(first.values())
         sequences = [(rendered[index].input_ids, rendered[index].labels) for index in unique]
-        scored = dict(zip(unique, self._score(sequences, on_batch), strict=True))
+        local = None
+        if local_steps is not None:
+            local = local_steps, [step_starts(rendered[index], self.renderer) for index in unique]
+        scored = dict(zip(unique, self._score(sequences, on_batch, local), strict=True))
         return [
             TrajectoryStats(
                 n_input_tokens=len(item.input_ids),
@@ -206,14 +229,19 @@ class Scorer:
         self,
         sequences: Sequences,
         on_batch: Callable[[float], None] | None = None,
+        local: tuple[int, Sequence[NDArray[np.int32]]] | None = None,
     ) -> list[Scored]:
-        """Statistics of the scored positions of each (input_ids, labels), on the CPU."""
+        """Statistics of the scored positions of each (input_ids, labels), on the CPU.
+
+        ``local``: preceding steps, and where the steps of each sequence begin.
+        """
         results: list[Scored | None] = [None] * len(sequences)
         lengths = [len(ids) for ids, _ in sequences]
         done, total = 0, sum(lengths)
         with self.passes() as passes:
             batches = (passes.prepare(group, [sequences[i] for i in group]) for group in passes.plan(lengths))
-            for batch, scored in passes.run(batches):
+            passed = passes.run(batches) if local is None else LocalPasses(passes, *local).run(batches)
+            for batch, scored in passed:
                 if scored is None:
                     raise torch.OutOfMemoryError(f"no memory for a sequence of {batch.n_tokens} tokens")
                 for index, one in zip(batch.members, scored, strict=True):
@@ -257,7 +285,10 @@ def _fitting_tokens(student: Student) -> int:
 
 
 def _named(record: Record, stats: TrajectoryStats) -> TrajectoryScore:
-    shared = ("n_tokens", "n_input_tokens", "truncated", "nll", "brier", "brier_topk", "entropy", "rank_mean", "rsr")
+    shared = (
+        *("n_tokens", "n_input_tokens", "truncated"),
+        *("nll", "brier", "brier_topk", "entropy", "rank_mean", "rsr", "local_nll", "local_step_nll"),
+    )
     return TrajectoryScore(
         problem_id=record.problem_id,
         candidate_id=record.candidate_id,

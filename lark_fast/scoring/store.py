@@ -22,7 +22,7 @@ from lark_fast.files import TEMPORARY_SUFFIX, write_json, writing_to
 from lark_fast.lock import DirectoryLock
 from lark_fast.scoring.finishing import add_learnability
 from lark_fast.scoring.journal import Journal
-from lark_fast.scoring.parts import part_files, part_number, part_path, schema, scored_keys, write_part
+from lark_fast.scoring.parts import part_files, part_number, part_path, schema_of, scored_keys, write_part
 
 FORMAT = 1
 LARK_JSON = "lark_ghat.json"  # of ``export``; stale once the store changes
@@ -54,7 +54,7 @@ class ScoreStore:
     def __init__(self, directory: str | Path, identity: dict[str, Any], *, overwrite: bool = False) -> None:
         self.directory, self.identity = Path(directory), identity
         self.manifest: dict[str, Any] = {"complete": False}
-        self._columns = schema(top_k=identity["top_k"], per_token=identity["per_token"])
+        self._columns = schema_of(identity)
         self._tables: list[pa.Table] = []  # the rows of the journal
         self._place: dict[Key, int] = {}  # where in them a row is; the last one of a key counts
         self._written_early: set[Key] = set()  # rows of the journal that were in no window when it was closed

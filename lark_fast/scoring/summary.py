@@ -75,6 +75,8 @@ class ScoreSummary:
             f"{self.scored_tokens:,} of them scored; nothing was written"
         )
         lines = [counted, *(self.estimate.lines() if self.estimate else [])]
+        if self.account.local_tokens:
+            lines.insert(1, f"{self.account.local_tokens:,} tokens more pass through the student for local scores")
         if self.kept:
             lines.insert(1, f"{self.kept:,} trajectories have been scored before and would be kept")
         return lines
@@ -116,6 +118,8 @@ class ScoreSummary:
             ("padding", account.padding_share, f"{account.padding_share:.1%} of what went through the student"),
         ]
         known = [(name, text) for name, value, text in rows if math.isfinite(value)]
+        if account.local_tokens:
+            known.append(("local scores", f"{account.local_tokens:,} tokens more passed through the student"))
         if account.out_of_memory:
             times = "once" if account.out_of_memory == 1 else f"{account.out_of_memory:,} times"
             known.append(("memory", f"ran short {times}, and packs were made smaller"))

@@ -49,7 +49,8 @@ def comparison(selections: Mapping[str, Weighed], summaries: Mapping[str, Select
 
 def as_markdown(compared: Mapping[str, Any]) -> str:
     """The comparison as tables for readers."""
-    found = compared["selections"]
+    # A number each, for the columns of the last table.
+    found = {f"{number} {name}": facts for number, (name, facts) in enumerate(compared["selections"].items(), 1)}
     teachers = sorted({teacher for facts in found.values() for teacher in facts["teachers"]})
     edges = compared["weight_histogram_edges"]
     bins = [f"{low:g}-{high:g}" for low, high in pairwise(edges)]
@@ -75,8 +76,11 @@ def as_markdown(compared: Mapping[str, Any]) -> str:
         ["rows by weight", *bins], [[name, *map("{:,}".format, f["weight_histogram"])] for name, f in found.items()]
     )
     overlap = _table(
-        ["overlap (Jaccard)", *found],
-        [[a, *(f"{value:.2f}" for value in row.values())] for a, row in compared["jaccard"].items()],
+        ["overlap (Jaccard)", *(str(number) for number in range(1, len(found) + 1))],
+        [
+            [name, *(f"{value:.2f}" for value in row.values())]
+            for name, row in zip(found, compared["jaccard"].values(), strict=True)
+        ],
     )
     return "\n".join([main, shares, histogram, overlap])
 
