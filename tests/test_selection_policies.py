@@ -108,7 +108,7 @@ def test_teacher_takes_candidates_of_the_first_teachers(tmp_path):
 
 
 def test_local_needs_its_column(tmp_path):
-    with pytest.raises(UserError, match=r"has no column local_nll; .* --local-steps"):
+    with pytest.raises(UserError, match=r"has no column local_step_nll; .* --local-steps"):
         Setup(tmp_path, RAGGED).select(policy="local")
 
 

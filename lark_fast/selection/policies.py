@@ -108,7 +108,7 @@ POLICIES = {
     "kl": Policy(("g_hat",), kl, has_tau=True),
     "random": lowest(RANDOM),
     "nll": lowest("nll"),  # naturalness: what the student would say itself
-    "local": lowest("local_nll"),  # the same, step by step (LALP, arXiv 2510.03988)
+    "local": lowest("local_step_nll"),  # the same, step by step (LALP, arXiv 2510.03988)
     "perplexity": Policy(("nll", RANDOM), perplexity),
     "entropy": highest("entropy"),  # uncertainty sampling
     "rsr": lowest("rsr"),  # Rank-Surprisal Ratio, arXiv 2601.14249

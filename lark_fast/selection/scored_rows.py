@@ -147,7 +147,7 @@ def _hashes(texts: pa.Array) -> NDArray[np.uint64]:
 
 
 def _remedy(column: str) -> str:
-    asks = {"brier_topk": " with --top-k", "local_nll": " with --local-steps, into another directory"}
+    asks = {"brier_topk": " with --top-k", "local_step_nll": " with --local-steps, into another directory"}
     return f"run the same `lark-fast score` command again{asks.get(column, '')}"
 
 
