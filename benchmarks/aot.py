@@ -35,6 +35,7 @@ from lark_fast.kernels import (
     topk_triton,
     trajectory_reduce_triton,
 )
+from lark_fast.kernels.chi2_tensors import LARGEST_K
 from lark_fast.kernels.dispatch import HeadConfig
 from lark_fast.kernels.head import Head
 from lark_fast.kernels.softmax_sums import Wanted
@@ -146,7 +147,7 @@ def launches(arch: str) -> Iterator[Launch]:
     yield selection(64, "exact", torch.float32, False)
     for form, extras in (("exact", True), ("reference", False), ("tau", True)):
         # 16 cells a thread, in float64 and with all that there is: more registers than any other takes.
-        yield selection(chi2_triton.SIZES[-1], form, torch.float64, extras)
+        yield selection(LARGEST_K, form, torch.float64, extras)
 
 
 def fused(

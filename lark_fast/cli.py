@@ -250,9 +250,7 @@ def select(
     ngram: Annotated[int, typer.Option(help="Words in a row that --decontaminate looks for.")] = 13,
     export: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Also write it for trl, llama-factory, axolotl, ... (docs/formats.md; repeatable)."
-        ),
+        typer.Option(help="Also write it for trl, llama-factory, axolotl, ... (docs/formats.md; repeatable)."),
     ] = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="A selection for each combination of the KEY=VALUE,VALUE,... that follow.")
