@@ -35,6 +35,7 @@ __all__ = [
     "chi2_divergence",
     "chi2_solve",
     "chi2_weights",
+    "critical_taus",
     "effective_sample_size",
 ]
 
@@ -184,6 +185,22 @@ def chi2_divergence(q: ArrayLike, p: ArrayLike) -> Floats:
         beyond = np.where(q > 0, np.inf, 0.0)
         terms = np.where(p > 0, terms / np.where(p > 0, p, 1.0), beyond)
     return np.einsum("...k->...", terms)
+
+
+def critical_taus(ranked: Floats, mass: Floats, tie: Floats | float = 0.0) -> Floats:
+    """T_1, ..., T_{K-1}: the largest tau at which only the top m hold weight.
+
+    Args:
+        ranked: ``[N, K]`` energies, falling.
+        mass: ``[N, K]`` P_m, the sums of the normalised priors of the first m.
+        tie: gaps between neighbours up to this count as none, a number or ``[N, 1]``.
+
+    Returns:
+        ``[N, K - 1]``, rising in each row.
+    """
+    gaps = ranked[:, :-1] - ranked[:, 1:]
+    gaps[gaps <= tie] = 0.0
+    return np.cumsum(mass[:, :-1] * gaps, axis=1)
 
 
 def _solve(problems: Problems) -> Chi2Solution:
@@ -377,7 +394,7 @@ def _tau_weights(block: Block, out: Floats) -> tuple[Floats, Floats]:
     mass = np.cumsum(np.take_along_axis(p, order, axis=1), axis=1)
 
     threshold = np.zeros_like(e)  # T_{m-1} in column m-1
-    np.cumsum(mass[:, :-1] * (e_sorted[:, :-1] - e_sorted[:, 1:]), axis=1, out=threshold[:, 1:])
+    threshold[:, 1:] = critical_taus(e_sorted, mass)
     m = (threshold < tau_scaled[:, None]).sum(axis=1) - 1  # the support's last column
     row = np.arange(len(e))
     lowest_held = e_sorted[row, m]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lark_fast.kernels.chi2 import chi2_weights
+    from lark_fast.kernels.chi2 import Chi2Solution, chi2_solve, chi2_weights
     from lark_fast.kernels.linear_cross_entropy import linear_cross_entropy
     from lark_fast.kernels.token_stats import TokenStats, token_stats, token_stats_from_logits
     from lark_fast.kernels.trajectory_reduce import trajectory_reduce
@@ -22,6 +22,8 @@ _HOMES = {
     "trajectory_reduce": "lark_fast.kernels.trajectory_reduce",
     "linear_cross_entropy": "lark_fast.kernels.linear_cross_entropy",
     "chi2_weights": "lark_fast.kernels.chi2",
+    "chi2_solve": "lark_fast.kernels.chi2",
+    "Chi2Solution": "lark_fast.kernels.chi2",
     "g_hat": "lark_fast.scoring.learnability",
 }
 __all__ = [  # noqa: RUF022 - the order a reader meets them
@@ -30,6 +32,8 @@ __all__ = [  # noqa: RUF022 - the order a reader meets them
     "TokenStats",
     "g_hat",
     "chi2_weights",
+    "chi2_solve",
+    "Chi2Solution",
     "token_stats",
     "token_stats_from_logits",
     "trajectory_reduce",

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lark_fast.errors import UserError
-from lark_fast.kernels.chi2 import DEFAULT_BUDGET, TIE_SHARE_OF_SPREAD
+from lark_fast.kernels.chi2 import DEFAULT_BUDGET, TIE_SHARE_OF_SPREAD, critical_taus
 from lark_fast.selection.constraints import (
     NO_VALUE,
     Bools,
@@ -266,12 +266,9 @@ def _critical_taus(energy: Floats, prior: Floats) -> tuple[Floats, Ints]:
     """
     order = np.argsort(-energy, axis=1, kind="stable")
     ranked = np.take_along_axis(energy, order, axis=1)
-    gaps = ranked[:, :-1] - ranked[:, 1:]
-    gaps[gaps <= TIE_SHARE_OF_SPREAD * (ranked[:, :1] - ranked[:, -1:])] = 0.0
     mass = np.cumsum(np.take_along_axis(prior, order, axis=1), axis=1)
-    taus = np.full(energy.shape, np.inf)
-    np.cumsum(mass[:, :-1] * gaps, axis=1, out=taus[:, :-1])
-    return taus, order
+    tie = TIE_SHARE_OF_SPREAD * (ranked[:, :1] - ranked[:, -1:])
+    return np.pad(critical_taus(ranked, mass, tie), ((0, 0), (0, 1)), constant_values=np.inf), order
 
 
 def _taus_of_budget(energy: Floats, prior: Floats, starts: Ints, sizes: Ints, budget: int) -> Floats:
