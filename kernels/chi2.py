@@ -286,32 +286,39 @@ def _normalise(weights: Floats, prior: Floats | None, total: Floats | None = Non
 def _budget_weights(block: Block, out: Floats, networks: Networks) -> tuple[Floats, Floats]:
     """The budget form with exact ties; arguments and result as ``_weigh``."""
     deepest = min(block.budget if isinstance(block.budget, int) else int(block.budget.max()), out.shape[1])
-    top, lowest, n_valid = _order_statistics(block, deepest + 1, networks)
+    top, n_valid = _order_statistics(block, deepest + 1, networks)
     energies, prior, budget = block.energies, block.prior, block.budget
     one_for_all = isinstance(budget, int)
     place = deepest if one_for_all else np.minimum(budget, deepest)
     row = np.arange(len(out))
     highest, nu = top[0], top[place] if one_for_all else top[place, row]
+    lowest, is_bound = block.least, _ordinary(block.least, highest)
+    if not is_bound:
+        lowest = np.fmin.reduce(energies, axis=1)
     few = None
     if not block.full or deepest == out.shape[1]:
         few = nu == -np.inf  # no more candidates than the budget
         nu = np.where(few, highest, nu)
         highest, lowest, nu = (np.where(np.isfinite(x), x, 0.0) for x in (highest, lowest, nu))
     limit = few, highest, nu
-    scale = _power_of_two_scale(np.maximum(highest, -lowest))
+    scale = None if is_bound else _power_of_two_scale(np.maximum(highest, -lowest))
     if scale is not None:
         energies = energies * scale[:, None]
         top, highest, lowest, nu = top * scale, highest * scale, lowest * scale, nu * scale
     tie = TIE_SHARE_OF_SPREAD * (highest - lowest)
 
     np.subtract(energies, nu[:, None], out=out)
-    np.fmax(out, 0.0, out=out)  # 0 for NaN
+    (np.maximum if block.full else np.fmax)(out, 0.0, out=out)  # fmax, which is slower: 0 for NaN
     total = None
     if prior is None and deepest < UP_TO:
         above = top[:deepest] - nu
         total = above.sum(axis=0) if one_for_all else np.maximum(above, 0.0).sum(axis=0)
     # Rows where the last one that the budget has room for ties with nu, or is not there.
-    special = np.flatnonzero((top[place - 1] if one_for_all else top[place - 1, row]) - nu <= tie)
+    room = (top[place - 1] if one_for_all else top[place - 1, row]) - nu
+    special = np.flatnonzero(room <= tie)
+    if len(special) and is_bound:
+        tie[special] = TIE_SHARE_OF_SPREAD * (highest[special] - energies[special].min(axis=1))
+        special = special[room[special] <= tie[special]]
     if len(special):
         tie_here, e = tie[special, None], energies[special]
         all_of_them = np.zeros(len(special), dtype=bool) if few is None else few[special]
@@ -346,8 +353,16 @@ def _mass(prior: Floats | None, n_valid: int | NDArray[np.int64]) -> Floats | in
     return np.maximum(shares.sum(axis=1), 1.0)
 
 
-def _order_statistics(block: Block, count: int, networks: Networks) -> tuple[Floats, Floats, int | NDArray[np.int64]]:
-    """The largest energies, falling, ``[count, R]``, -inf where there are fewer; the lowest; how many are valid."""
+def _ordinary(least: float, highest: Floats) -> bool:
+    """Whether no row can need a scale, and a bound below all energies will do in place of each row's lowest.
+
+    That is looked for where energies may tie, in the few rows that a spread up to the bound does not clear of it.
+    """
+    return least > -(2.0**500) and highest.max() < 2.0**500 and np.abs(highest).min() > 2.0**-500
+
+
+def _order_statistics(block: Block, count: int, networks: Networks) -> tuple[Floats, int | NDArray[np.int64]]:
+    """The largest energies, falling, ``[count, R]``, -inf where there are fewer; how many are valid, in each row."""
     r, k = block.energies.shape
     if count > UP_TO:
         rising = np.full((r, max(k, count)), -np.inf)
@@ -357,19 +372,18 @@ def _order_statistics(block: Block, count: int, networks: Networks) -> tuple[Flo
             np.fmax(rising, -np.inf, out=rising)  # -inf for NaN
             n_valid = np.count_nonzero(rising > -np.inf, axis=1)
         rising.sort(axis=1)
-        lowest = rising[np.arange(r), np.minimum(rising.shape[1] - n_valid, rising.shape[1] - 1)]
-        return rising.T[::-1][:count], lowest, n_valid
+        return rising.T[::-1][:count], n_valid
 
     if (k, r, count) not in networks:
         networks.clear()
         networks[k, r, count] = Largest(k, r, count)
     network = networks[k, r, count]
     network.load(block.energies)
-    lowest, n_valid = np.fmin.reduce(network.columns, axis=0), k
+    n_valid = k
     if not block.full:
         np.fmax(network.columns, -np.inf, out=network.columns)
         n_valid = np.count_nonzero(network.columns > -np.inf, axis=0)
-    return network(), lowest, n_valid
+    return network(), n_valid
 
 
 def _tau_weights(block: Block, out: Floats) -> tuple[Floats, Floats]:
