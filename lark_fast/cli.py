@@ -242,12 +242,15 @@ def select(
         NearDuplicates | None, typer.Option(help="Keep one of a problem's answers that are equal, or nearly so.")
     ] = None,
     near_duplicate_threshold: Annotated[
-        float, typer.Option(help="Estimated Jaccard similarity at which minhash calls two the same.")
-    ] = 0.8,
+        float | None,
+        typer.Option(help="Estimated Jaccard similarity at which minhash calls two the same. Default: 0.8."),
+    ] = None,
     decontaminate: Annotated[
         list[str] | None, typer.Option(help="A benchmark's items: problems that share words with them go (repeatable).")
     ] = None,
-    ngram: Annotated[int, typer.Option(help="Words in a row that --decontaminate looks for.")] = 13,
+    ngram: Annotated[
+        int | None, typer.Option(help="Words in a row that --decontaminate looks for. Default: 13.")
+    ] = None,
     export: Annotated[
         list[str] | None,
         typer.Option(help="Also write it for trl, llama-factory, axolotl, ... (docs/formats.md; repeatable)."),

@@ -40,6 +40,17 @@ def test_without_a_pool_there_are_weights_alone(tmp_path):
         select(alone)
 
 
+def test_nothing_of_an_earlier_selection_is_left_beside_a_new_one(tmp_path):
+    setup = Judged(tmp_path).setup
+    setup.select(export=("llama-factory", "trl"), where=("correct",))
+    assert len([path for path in setup.out.rglob("*") if path.is_file()]) == 7
+    setup.select(export=("trl",))
+    found = {str(path.relative_to(setup.out)) for path in setup.out.rglob("*") if path.is_file()}
+    assert found == {"train.jsonl", "weights.parquet", "manifest.json", "trl/train.jsonl"}
+    select(setup.config(pool=(), overwrite=True))
+    assert {path.name for path in setup.out.rglob("*") if path.is_file()} == {"weights.parquet", "manifest.json"}
+
+
 @pytest.mark.parametrize("with_pool", [False, True])
 def test_a_sweep_is_its_selections_side_by_side(tmp_path, with_pool):
     setup = Setup(tmp_path, RAGGED)

@@ -33,9 +33,9 @@ class SelectConfig:
     constraints: str | None = None  # a YAML file, chi2 only
     where: tuple[str, ...] = ()  # COLUMN or COLUMN=VALUE of the pool, all of which must hold
     near_duplicates: str | None = None  # "exact" or "minhash"
-    near_duplicate_threshold: float = 0.8  # Jaccard similarity, minhash only
+    near_duplicate_threshold: float | None = None  # Jaccard similarity, minhash only; 0.8
     decontaminate: tuple[str, ...] = ()  # files of benchmark items
-    ngram: int = 13  # words, of decontaminate
+    ngram: int | None = None  # words, of decontaminate; 13
     export: tuple[str, ...] = ()  # of exporters.FORMATS
     sweep: tuple[str, ...] = ()  # KEY=VALUE,VALUE,...: one selection for each combination
     overwrite: bool = False
@@ -111,6 +111,7 @@ def variants(config: SelectConfig) -> dict[str, SelectConfig]:
         UserError: a setting out of range, or settings that do not go together.
     """
     if not config.sweep:
+        _refuse_unused(config, {config.policy})
         return {"": _checked(config)}
     axes: dict[str, list[Any]] = {}
     for axis in config.sweep:
@@ -129,7 +130,18 @@ def variants(config: SelectConfig) -> dict[str, SelectConfig]:
         settings = dict(zip(axes, values, strict=True))
         name = "-".join(f"{key}={value}" for key, value in settings.items()).replace("/", "_").replace(":", ".")
         found[name] = _checked(replace(config, **settings))
+    _refuse_unused(config, {variant.policy for variant in found.values()})
     return found
+
+
+def _refuse_unused(config: SelectConfig, policies: set[str]) -> None:
+    """UserError for what none of the policies would look at."""
+    for option, given, owner in (
+        ("--teacher-order", config.teacher_order, "teacher"),
+        ("--band", config.band, "perplexity"),
+    ):
+        if given and owner not in policies:
+            raise UserError(f"{option}: is for the policy {owner} only")
 
 
 def _value(axis: str, key: str, value: str) -> Any:
@@ -157,22 +169,21 @@ def _checked(config: SelectConfig) -> SelectConfig:
         raise UserError("--ties reference: is for the policy chi2 with a budget only")
     if config.policy == "teacher" and not config.teacher_order:
         raise UserError("--policy teacher: needs --teacher-order TEACHER,TEACHER,...")
-    for option, given, owner in (
-        ("--teacher-order", config.teacher_order, "teacher"),
-        ("--band", config.band, "perplexity"),
-    ):
-        if given and config.policy != owner and not config.sweep:
-            raise UserError(f"{option}: is for the policy {owner} only")
     if config.band is not None:
         low, high = config.band
         if not 0 <= low < high < math.inf:
             raise UserError(f"--band {low:g}:{high:g}: two perplexities, the lower one first")
     if config.constraints is not None and (config.policy != "chi2" or config.ties != "exact"):
         raise UserError("--constraints: are for the policy chi2 with exact ties only")
-    if not 0 < config.near_duplicate_threshold <= 1:
-        raise UserError(f"--near-duplicate-threshold {config.near_duplicate_threshold}: is above 0, at most 1")
-    if config.ngram < 1:
+    threshold = config.near_duplicate_threshold
+    if threshold is not None and not 0 < threshold <= 1:
+        raise UserError(f"--near-duplicate-threshold {threshold}: must be above 0 and at most 1")
+    if threshold is not None and config.near_duplicates != "minhash":
+        raise UserError("--near-duplicate-threshold: is for --near-duplicates minhash only")
+    if config.ngram is not None and config.ngram < 1:
         raise UserError(f"--ngram {config.ngram}: must be at least 1")
+    if config.ngram is not None and not config.decontaminate:
+        raise UserError("--ngram: is for --decontaminate only")
     for name in config.export:
         find_format(name)
     if not config.pool and (config.filters or config.export):

@@ -60,7 +60,7 @@ class Exporter:
             raise ValueError(f"mean_weight={mean_weight}: must be above 0")
         self._divisor = mean_weight if self.format.mean_one else 1.0
         self._directory = Path(directory) / name
-        self.paths = [self._directory / file for file in (FILE_NAME, *(self.format.files or {}))]
+        self.paths = files_of(name, directory)
         self._rows, self._cautions = 0, Counter()
         self._file: IO[str] | None = None
         self._stack = ExitStack()
@@ -118,6 +118,11 @@ def export(name: str, rows: Iterable[Mapping[str, Any]], directory: str | Path, 
         for row in rows:
             exporter.write(row)
     return exporter.paths
+
+
+def files_of(name: str, directory: str | Path) -> list[Path]:
+    """Where an export's files lie in a selection's directory."""
+    return [Path(directory, name, file) for file in (FILE_NAME, *(find_format(name).files or {}))]
 
 
 def find_format(name: str) -> Format:

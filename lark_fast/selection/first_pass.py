@@ -105,17 +105,17 @@ def _filters(config: SelectConfig, rows: ScoredRows, stack: ExitStack) -> list[F
     """In the order in which they remove: what goes for one reason does not speak for another candidate."""
     filters: list[Filter] = [Where(condition, len(rows)) for condition in config.where]
     if config.decontaminate:
-        from lark_fast.selection.hygiene.decontamination import Decontamination
+        from lark_fast.selection.hygiene.decontamination import DEFAULT_NGRAM, Decontamination
 
-        filters.append(Decontamination(config.decontaminate, ngram=config.ngram))
+        filters.append(Decontamination(config.decontaminate, config.ngram or DEFAULT_NGRAM))
     if config.near_duplicates is not None:
-        from lark_fast.selection.hygiene.duplicates import ExactDuplicates, NearDuplicates
+        from lark_fast.selection.hygiene.duplicates import DEFAULT_THRESHOLD, ExactDuplicates, NearDuplicates
 
         preferred = -rows.numbers["g_hat"]
         if config.near_duplicates == "exact":
             filters.append(ExactDuplicates(len(rows), preferred))
         else:
-            filters.append(NearDuplicates(len(rows), config.near_duplicate_threshold, preferred))
+            filters.append(NearDuplicates(len(rows), config.near_duplicate_threshold or DEFAULT_THRESHOLD, preferred))
     for a_filter in filters:
         stack.callback(a_filter.close)
     return filters

@@ -17,6 +17,7 @@ from lark_fast.files import atomic_open, refuse_overlap, write_json, writing_to
 from lark_fast.pool.reading import Pool
 from lark_fast.scoring.store import read_manifest
 from lark_fast.selection.config import SHOWN_PROBLEMS, SelectConfig, SelectionSummary, variants
+from lark_fast.selection.exporters import FORMATS, files_of
 from lark_fast.selection.first_pass import Seen, see_pool
 from lark_fast.selection.matching import Matching, RowIndex
 from lark_fast.selection.policies import PolicyOptions
@@ -154,9 +155,7 @@ def _write(
             for row, record in matching.pairs(pool, "selecting"):
                 files.write(row, record)
             matching.refuse_another_pool()
-            # From here on the old manifests, if any, would speak of other files.
-            for directory in selections:
-                (directory / "manifest.json").unlink(missing_ok=True)
+            _remove_leftovers(config, selections)
         told = {
             "pool_records": matching.records,
             "never_scored": matching.never_scored,
@@ -164,8 +163,21 @@ def _write(
             "columns_left_out": tuple(sorted(files.columns_left_out)),
         }
         notes = {directory: files.notes(directory) for directory in selections}
+    else:
+        _remove_leftovers(config, selections)
     write_weights(rows, selections)
     return told, notes
+
+
+def _remove_leftovers(config: SelectConfig, directories: Iterable[Path]) -> None:
+    """Remove what an earlier selection left and this one does not write again; old manifests speak of other files."""
+    stale = [] if config.filters else [Path(config.out, "removed.jsonl")]
+    for directory in directories:
+        stale.append(directory / "manifest.json")
+        stale += [] if config.pool else [directory / "train.jsonl"]
+        stale += [path for name in FORMATS if name not in config.export for path in files_of(name, directory)]
+    for path in stale:
+        path.unlink(missing_ok=True)
 
 
 def _summary(out: Path, rows: ScoredRows, weighed: Weighed, facts: dict[str, Any]) -> SelectionSummary:

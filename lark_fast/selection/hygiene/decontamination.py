@@ -21,6 +21,7 @@ from lark_fast.selection.hygiene.benchmark import OPTION, read_items
 from lark_fast.selection.hygiene.removals import Removal
 from lark_fast.selection.hygiene.texts import WordHashes, bare_words, compact, normalised, run_hashes
 
+DEFAULT_NGRAM = 13  # as for GPT-3 (arXiv 2005.14165)
 _WHOLE_TURN_WORDS = 5  # items with fewer are too short to be looked for inside a text
 _REMEMBERED_TURNS = 1024
 _SHOWN_WORDS = 40
@@ -60,7 +61,7 @@ class Decontamination:
 
     name = OPTION
 
-    def __init__(self, paths: Sequence[str], ngram: int = 13, *, answers: bool = False) -> None:
+    def __init__(self, paths: Sequence[str], ngram: int = DEFAULT_NGRAM, *, answers: bool = False) -> None:
         if ngram < 1:
             raise ValueError(f"ngram={ngram}: must be at least 1")
         self._roles = (*_PROMPT_ROLES, "assistant") if answers else _PROMPT_ROLES

@@ -15,6 +15,7 @@ from lark_fast.pool.records import Record
 from lark_fast.selection.hygiene.removals import Removal
 from lark_fast.selection.hygiene.texts import WordHashes, answer_turns, run_hashes, words
 
+DEFAULT_THRESHOLD = 0.8
 SHINGLE_WORDS = 5
 PERMUTATIONS = 128
 _SEED = 1
@@ -131,7 +132,7 @@ class NearDuplicates:
     def __init__(
         self,
         size: int,
-        threshold: float = 0.8,
+        threshold: float = DEFAULT_THRESHOLD,
         keep: NDArray[np.floating] | None = None,
         directory: str | Path | None = None,
     ) -> None:
