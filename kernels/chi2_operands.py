@@ -14,6 +14,8 @@ Ints = NDArray[np.int64]
 DEFAULT_BUDGET = 3
 TIES = ("exact", "reference")
 
+_LARGEST_BUDGET = 2**31  # no problem has as many candidates
+
 # Problems that lie one behind another share a block with those of at most this many times their size.
 _PADDED_UP_TO = 1.25
 
@@ -241,7 +243,7 @@ def as_budgets(budget: Any, n: int) -> int | Ints:
             raise ValueError(f"budget must be a whole number; got {budget!r}") from None
         if count < 1:
             raise ValueError(f"budget must be at least 1; got {count}")
-        return count
+        return min(count, _LARGEST_BUDGET)
     array = np.asarray(budget)
     check_setting_shape("budget", array.shape, n)
     if not np.issubdtype(array.dtype, np.integer):
@@ -249,13 +251,16 @@ def as_budgets(budget: Any, n: int) -> int | Ints:
     low = np.flatnonzero(array < 1)
     if len(low):
         raise ValueError(f"budget must be at least 1; got {array[low[0]]} for problem {low[0]}")
-    return array.astype(np.int64)
+    return np.minimum(array, _LARGEST_BUDGET).astype(np.int64)
 
 
 def as_taus(tau: Any, n: int) -> float | Floats:
     """taus of n problems, checked: one for all or ``[N]``."""
     if np.ndim(tau) == 0:
-        value = float(tau)
+        try:
+            value = float(tau)
+        except TypeError:
+            raise ValueError(f"tau must be a number; got {tau!r}") from None
         if not (np.isfinite(value) and value > 0):
             raise ValueError(f"tau must be a finite number above 0; got {tau!r}")
         return value

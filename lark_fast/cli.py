@@ -299,7 +299,9 @@ def select(
         summaries, tables = run_sweep(config)
         for line in tables.splitlines():
             _say(line)
-        _say(f"{out}: {len(summaries)} selections side by side in comparison.md and comparison.json")
+        _say(f"{out}: {len(summaries)} selection(s) side by side in comparison.md and comparison.json")
+        if not any(summary.rows for summary in summaries.values()):
+            raise typer.Exit(3)
         return
     summary = run(config)
     for line in summary.lines():
@@ -527,12 +529,14 @@ def _number_or_auto(text: str, option: str, *, at_least: int) -> int | None:
 
 
 def _band(text: str | None) -> tuple[float, float] | None:
+    from lark_fast.errors import UserError
+
     if text is None:
         return None
     try:
         low, high = map(float, text.split(":"))
     except ValueError:
-        raise typer.BadParameter("two numbers, LOW:HIGH", param_hint="--band") from None
+        raise UserError(f"--band {text}: give two numbers, LOW:HIGH") from None
     return low, high
 
 

@@ -145,7 +145,7 @@ def test_candidates_without_g_hat_are_dropped_and_reported(tmp_path):
         assert (summary.without_g_hat, summary.problems_without_row, summary.problems) == (4, 1, 3)
         said = "\n".join(summary.lines())
         assert "4 scored trajectories have no g_hat" in said
-        assert "1 problems have no row, for want of a candidate: 'lost'" in said
+        assert "1 problems have no row: 'lost'" in said
     with pytest.raises(UserError, match=r"no candidate of problem 'lost' has a g_hat \(1 such"):
         setup.select(ties="reference")
 
@@ -191,6 +191,48 @@ def test_bad_settings_are_one_clear_line(tmp_path, settings, message):
         setup.select(**settings)
     assert message in str(caught.value)
     assert not setup.out.exists()
+
+
+@pytest.mark.parametrize("inside", ["", "deeper/still"])
+def test_a_selection_is_never_written_among_the_scores(tmp_path, inside):
+    setup = Setup(tmp_path, RAGGED)
+    before = sorted(setup.scores.iterdir())
+    for pool in ({}, {"pool": ()}):
+        with pytest.raises(UserError, match="lies in --scores"):
+            setup.select(out=str(setup.scores / inside), **pool)
+    assert sorted(setup.scores.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "removed.jsonl", "comparison.md", "trl/train.jsonl"])
+def test_files_of_others_stay(tmp_path, name):
+    setup = Setup(tmp_path, RAGGED)
+    theirs = setup.out / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    with pytest.raises(UserError, match=rf"holds .*{name} already; give another directory or --overwrite"):
+        setup.select(overwrite=False)
+    assert theirs.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("teacher", None, "has no column teacher"),
+        ("teacher", pa.nulls(50, pa.string()), "column teacher has empty values"),
+        ("problem_id", pa.array(range(50)), "column problem_id is int64"),
+        ("candidate_id", pa.array(range(50)), "column candidate_id is int64"),
+        ("n_tokens", pa.nulls(50, pa.int32()), "column n_tokens has empty values"),
+        ("n_tokens", pa.array([-1] * 50, pa.int32()), "n_tokens is below 0 in 50 rows"),
+        ("g_hat", pa.array(["0.5"] * 50), "column g_hat is string"),
+    ],
+)
+def test_columns_of_another_kind_are_named(tmp_path, column, values, message):
+    setup = Setup(tmp_path, RAGGED)
+    part = setup.scores / "part-000000.parquet"
+    table = pq.read_table(part).drop_columns([column])
+    pq.write_table(table if values is None else table.append_column(column, values), part)
+    with pytest.raises(UserError, match=message):
+        setup.select(policy="chi2")
 
 
 def test_unfinished_scores_are_refused(tmp_path):

@@ -73,9 +73,23 @@ def test_rows_over_all_problems(tmp_path, rows, tau):
     setup = Setup(tmp_path, {n: list(np.random.default_rng(n).normal(size=6)) for n in range(40)})
     summary, lines = setup.select(constraints=write(tmp_path, f"budget: {{rows: {rows}}}\n"))
     assert len(lines) == summary.rows == min(rows, 240)
+    assert any(line.startswith("budget.rows: ") and "tau" in line for line in summary.lines())
     told = json.loads((setup.out / "manifest.json").read_text())["constraints"]
     assert told["solver"] == "closed form"
     assert isinstance(told["tau"], tau)
+
+
+def test_sizes_are_of_each_problems_own_weights(tmp_path):
+    setup = Setup(tmp_path, {n: list(np.random.default_rng(n).normal(size=6)) for n in range(40)})
+    summary, lines = setup.select(tau=0.1, constraints=write(tmp_path, "budget: {samples: 5.5}\n"))
+    assert sum(line["weight"] for line in lines) == pytest.approx(5.5)
+    assert 1 <= summary.mean_effective_sample_size <= 6
+
+
+def test_a_share_of_a_column_that_nobody_has(tmp_path):
+    setup = Setup(tmp_path, RAGGED)
+    with pytest.raises(UserError, match=r"groups\.nope: no candidate has any nope"):
+        setup.select(constraints=write(tmp_path, 'groups: {nope: {"*": {max: 0.5}}}\n'))
 
 
 def test_a_sweep_under_constraints(tmp_path):

@@ -100,11 +100,20 @@ def test_perplexity_draws_from_its_band(tmp_path):
     assert len(default) == 360
 
 
+def test_problems_that_are_kept_whole_are_those_alone(tmp_path):
+    setup = Setup(tmp_path, {1: [0.1, 0.2], 2: [0.1, 0.2, 0.3], 3: [0.5]})
+    assert setup.select(budget=2)[0].problems_kept_whole == 2
+    none = setup.select(policy="perplexity", band=(1e6, 2e6), budget=9)[0]
+    assert (none.problems_kept_whole, none.rows, none.problems_without_row) == (0, 0, 3)
+
+
 def test_teacher_takes_candidates_of_the_first_teachers(tmp_path):
     setup = Setup(tmp_path, {1: [0.0, 3.0, 1.0, 2.0], 2: [5.0, 4.0]})  # teachers alpha and beta in turn
     weights = setup.weights(policy="teacher", teacher_order=("beta", "alpha"), budget=3)
     assert weights == {(1, 1): 1 / 3, (1, 3): 1 / 3, (1, 0): 1 / 3, (2, 0): 0.5, (2, 1): 0.5}
-    assert set(setup.weights(policy="teacher", teacher_order=("gamma", "beta"), budget=1)) == {(1, 1), (2, 1)}
+    assert set(setup.weights(policy="teacher", teacher_order=("beta",), budget=1)) == {(1, 1), (2, 1)}
+    with pytest.raises(UserError, match="no trajectory is by 'gamma'; there are 'alpha', 'beta'"):
+        setup.select(policy="teacher", teacher_order=("gamma", "beta"))
 
 
 def test_local_needs_its_column(tmp_path):
@@ -125,6 +134,20 @@ def wrong_shape(columns, options):
 def negative(columns, options):
     return -columns["nll"]
 
+def raising(columns, options):
+    return columns["absent"]
+
+def leaving(columns, options):
+    raise SystemExit(0)
+
+def text(columns, options):
+    return "all of them"
+
+def huge_and_meddling(columns, options):
+    g_hat = columns["g_hat"]
+    g_hat[np.isnan(g_hat)] = 0
+    return np.full(g_hat.shape, 1e308)
+
 nothing = 3
 """
 
@@ -140,10 +163,17 @@ def test_ones_own_policy(tmp_path, monkeypatch):
         expected = {(problem, k): row["entropy"] / total for k, row in enumerate(own) if row["entropy"] > 0.5}
         found = {key: q for key, q in weights.items() if key[0] == problem}
         assert found == pytest.approx(expected, rel=1e-12)
+    alike = setup.weights(policy="my_policies:huge_and_meddling")
+    expected = {(problem, k): pytest.approx(1 / len(own)) for problem, own in RAGGED.items() for k in range(len(own))}
+    assert alike == expected
     for name, message in [
         ("my_policies:wrong_shape", r"returned the shape \(\d+, \d+\) where"),
-        ("my_policies:negative", "returned weights that are negative, infinite or NaN"),
+        ("my_policies:negative", "returned weights that are negative, infinite, complex or NaN"),
         ("my_policies:nothing", "is no function"),
+        ("my_policies:raising", r"failed \(KeyError: 'absent'\)"),
+        ("my_policies:leaving", r"failed \(SystemExit: 0\)"),
+        ("my_policies:text", r"failed \(ValueError: "),
+        ("os:getcwd", r"failed \(TypeError: "),
         ("my_policies:absent", "cannot be imported"),
         ("absent_module:f", r"cannot be imported \(ModuleNotFoundError"),
         ("best", "unknown; known are chi2"),
@@ -158,7 +188,7 @@ def test_ones_own_policy(tmp_path, monkeypatch):
         ({"policy": "teacher"}, "--policy teacher: needs --teacher-order"),
         ({"teacher_order": ("alpha",)}, "--teacher-order: is for the policy teacher only"),
         ({"band": (1.0, 2.0)}, "--band: is for the policy perplexity only"),
-        ({"policy": "perplexity", "band": (3.0, 2.0)}, "--band 3:2: two perplexities"),
+        ({"policy": "perplexity", "band": (3.0, 2.0)}, "--band 3:2: LOW:HIGH are finite"),
         ({"policy": "perplexity", "band": (NAN, 2.0)}, "--band nan:2"),
         ({"policy": "entropy", "tau": 1.0}, "--tau: only the policies chi2 and kl"),
         ({"policy": "kl", "tau": -1.0}, "--tau -1.0: must be"),

@@ -47,6 +47,12 @@ def test_nothing_of_an_earlier_selection_is_left_beside_a_new_one(tmp_path):
     setup.select(export=("trl",))
     found = {str(path.relative_to(setup.out)) for path in setup.out.rglob("*") if path.is_file()}
     assert found == {"train.jsonl", "weights.parquet", "manifest.json", "trl/train.jsonl"}
+    setup.select(export=("trl",), policy="perplexity", band=(1e6, 2e6))
+    assert not (setup.out / "trl" / "train.jsonl").exists()
+    sweep(setup.config(sweep=("budget=1,2",), overwrite=True))
+    sweep(setup.config(sweep=("budget=2,3",), overwrite=True))
+    names = {path.name for path in setup.out.iterdir()}
+    assert names == {"budget=2", "budget=3", "comparison.json", "comparison.md"}
     select(setup.config(pool=(), overwrite=True))
     assert {path.name for path in setup.out.rglob("*") if path.is_file()} == {"weights.parquet", "manifest.json"}
 
@@ -98,6 +104,7 @@ def test_a_sweep_is_its_selections_side_by_side(tmp_path, with_pool):
         (("policy=chi2,best",), "--policy best: unknown"),
         (("tau=0.1", "policy=topb"), "--tau: only"),
         (("budget=1,2", "tau=0.1"), "--budget and --tau"),
+        (("seed=1,2", "policy=chi2"), "--sweep seed: is for the policy random or perplexity only"),
         (("seed=" + ",".join(map(str, range(101))),), "101 combinations"),
     ],
 )
@@ -114,7 +121,7 @@ def test_sweep_through_the_command_line(tmp_path):
     words = ("select", "--scores", setup.scores, "--out", setup.out)
     done = run(*words, "--sweep", "budget=1,2", "policy=chi2,kl,nll")
     assert "| overlap (Jaccard)" in done.stdout
-    assert "6 selections side by side" in done.stdout
+    assert "6 selection(s) side by side" in done.stdout
     assert len(list(setup.out.glob("*/weights.parquet"))) == 6
     assert "one needs the other" in run(*words, "budget=1,2", code=2).stderr
     assert "LOW:HIGH" in run(*words, "--policy", "perplexity", "--band", "3", code=2).stderr
@@ -178,8 +185,10 @@ def test_conditions_all_have_to_hold(tmp_path):
         setup.select(where=("judged",))
     with pytest.raises(UserError, match=r"pool\.jsonl:1: level is 'easy', neither true nor false; say --where level="):
         setup.select(where=("level",))
-    with pytest.raises(UserError, match="no trajectory has a g_hat"):
+    with pytest.raises(UserError, match="--where level=none: is so for no record; level is 'easy', 'hard'"):
         setup.select(where=("level=none",))
+    with pytest.raises(UserError, match=r"correct took 10, --where level=hard took 10, .* took 10: nothing is left"):
+        setup.select(where=("correct", "correct", "level=hard", "problem_id=0"))
     assert summary.rows == len(lines) > 0
 
 

@@ -7,13 +7,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lark_fast.errors import UserError
-from lark_fast.kernels.chi2 import DEFAULT_BUDGET, TIES
+from lark_fast.kernels.chi2 import TIES
 from lark_fast.selection.exporters import find_format
 from lark_fast.selection.policies import find_policy
 
 SHOWN_PROBLEMS = 3
 SWEPT = ("budget", "tau", "policy", "ties", "seed")
 _MOST_VARIANTS = 100
+_NEED_POOL = {
+    "--where": "where",
+    "--near-duplicates": "near_duplicates",
+    "--decontaminate": "decontaminate",
+    "--export": "export",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +50,6 @@ class SelectConfig:
     def filters(self) -> bool:
         """Whether candidates may be removed before the selection."""
         return bool(self.where or self.near_duplicates or self.decontaminate)
-
-    @property
-    def used_budget(self) -> int | None:
-        """The budget or its default; None where something else sets tau."""
-        return DEFAULT_BUDGET if self.budget is None and self.tau is None and not self.constraints else self.budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +92,7 @@ class SelectionSummary:
         if self.problems_without_row:
             names = ", ".join(map(repr, self.first_problems_without_row))
             more = ", ..." if self.problems_without_row > len(self.first_problems_without_row) else ""
-            said.append(f"{self.problems_without_row:,} problems have no row, for want of a candidate: {names}{more}")
+            said.append(f"{self.problems_without_row:,} problems have no row: {names}{more}")
         if self.never_scored:
             said.append(
                 f"{self.never_scored:,} of {self.pool_records:,} pool records were never scored and were left out; "
@@ -124,7 +125,6 @@ def variants(config: SelectConfig) -> dict[str, SelectConfig]:
     number = math.prod(map(len, axes.values()))
     if number > _MOST_VARIANTS:
         raise UserError(f"--sweep: {number:,} combinations; at most {_MOST_VARIANTS} are made at a time")
-    # A swept budget or tau stands in place of the other one's single value.
     found = {}
     for values in itertools.product(*axes.values()):
         settings = dict(zip(axes, values, strict=True))
@@ -136,12 +136,13 @@ def variants(config: SelectConfig) -> dict[str, SelectConfig]:
 
 def _refuse_unused(config: SelectConfig, policies: set[str]) -> None:
     """UserError for what none of the policies would look at."""
-    for option, given, owner in (
-        ("--teacher-order", config.teacher_order, "teacher"),
-        ("--band", config.band, "perplexity"),
+    for option, given, owners in (
+        ("--teacher-order", config.teacher_order, ("teacher",)),
+        ("--band", config.band, ("perplexity",)),
+        ("--sweep seed", any(axis.startswith("seed=") for axis in config.sweep), ("random", "perplexity")),
     ):
-        if given and owner not in policies:
-            raise UserError(f"{option}: is for the policy {owner} only")
+        if given and not (policies & {*owners} or (len(owners) > 1 and any(":" in name for name in policies))):
+            raise UserError(f"{option}: is for the policy {' or '.join(owners)} only")
 
 
 def _value(axis: str, key: str, value: str) -> Any:
@@ -154,6 +155,8 @@ def _value(axis: str, key: str, value: str) -> Any:
 
 def _checked(config: SelectConfig) -> SelectConfig:
     """The config, or a UserError for what does not go together."""
+    if not config.out:
+        raise UserError("--out: is empty; give a directory")
     policy = find_policy(config.policy)
     if config.ties not in TIES:
         raise UserError(f"--ties {config.ties}: unknown; known are {', '.join(TIES)}")
@@ -172,7 +175,7 @@ def _checked(config: SelectConfig) -> SelectConfig:
     if config.band is not None:
         low, high = config.band
         if not 0 <= low < high < math.inf:
-            raise UserError(f"--band {low:g}:{high:g}: two perplexities, the lower one first")
+            raise UserError(f"--band {low:g}:{high:g}: LOW:HIGH are finite perplexities, from 0 up, LOW below HIGH")
     if config.constraints is not None and (config.policy != "chi2" or config.ties != "exact"):
         raise UserError("--constraints: are for the policy chi2 with exact ties only")
     threshold = config.near_duplicate_threshold
@@ -187,5 +190,6 @@ def _checked(config: SelectConfig) -> SelectConfig:
     for name in config.export:
         find_format(name)
     if not config.pool and (config.filters or config.export):
-        raise UserError("--where, --near-duplicates, --decontaminate and --export read texts: give --pool too")
+        given = [option for option, value in _NEED_POOL.items() if getattr(config, value)]
+        raise UserError(f"{', '.join(given)}: needs the records, give --pool too")
     return config

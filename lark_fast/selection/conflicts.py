@@ -15,7 +15,7 @@ from lark_fast.selection.program import (
 )
 
 _FILTERED = 12  # fighting constraints are told apart one by one up to this many
-_SHOWN = 10
+SHOWN = 10
 
 
 def conflict(program: Program, error: InfeasibleError) -> str:
@@ -45,8 +45,8 @@ def conflict(program: Program, error: InfeasibleError) -> str:
 def _cannot_hold(texts: list[str]) -> str:
     if len(texts) == 1:
         return f"{texts[0]} cannot hold"
-    if len(texts) > _SHOWN:
-        return f"{', '.join(texts[:_SHOWN])} and {len(texts) - _SHOWN:,} more cannot all hold"
+    if len(texts) > SHOWN:
+        return f"{', '.join(texts[:SHOWN])} and {len(texts) - SHOWN:,} more cannot all hold"
     return f"{', '.join(texts[:-1])} and {texts[-1]} cannot {'both' if len(texts) == 2 else 'all'} hold"
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from lark_fast.errors import UserError
 from lark_fast.kernels.chi2 import chi2_weights
-from lark_fast.selection.conflicts import conflict
+from lark_fast.selection.conflicts import SHOWN, conflict
 from lark_fast.selection.constraints import Constraints, Floats
 from lark_fast.selection.global_budget import GOOD, Dual, InfeasibleError, minimised, within_radius
 from lark_fast.selection.program import (
@@ -28,7 +28,6 @@ SOLVERS = ("auto", "dual", "cvxpy")
 
 _GENERAL_GOOD = 1e-6  # what one of the general solver must have
 _GENERAL_MOST = 200_000  # candidates that it is given where the dual fails: it would be at more for hours
-_SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +102,7 @@ def constrained_weights(
         tau=shared,
         solver=solution.solver,
         residual=solution.residual,
-        lines=_lines(program, solution, multipliers),
+        lines=_row_lines(constraints, weight, candidates.n_tokens, shared) + _lines(program, solution, multipliers),
     )
 
 
@@ -177,6 +176,20 @@ def _multipliers(program: Program, solution: Solution) -> tuple[dict[str, float]
     return dict(zip(sides.names, values.tolist(), strict=True)) | found, tau
 
 
+def _row_lines(constraints: Constraints, weight: Floats, n_tokens: Floats, tau: float | None) -> tuple[str, ...]:
+    held = weight > 0
+    said = []
+    for name, limit, reached in (
+        ("rows", constraints.rows, np.count_nonzero(held)),
+        ("row_tokens", constraints.row_tokens, np.sum(n_tokens[held])),
+    ):
+        if limit is not None:
+            said.append(f"budget.{name}: {int(reached):,} of at most {int(limit):,}, by a tau of {tau:.6g}")
+    if constraints.length_penalty:
+        said.append(f"length_penalty: {constraints.length_penalty:g} taken off the energy for each token")
+    return tuple(said)
+
+
 def _lines(program: Program, solution: Solution, multipliers: dict[str, float]) -> tuple[str, ...]:
     sides = program.sides
     totals = program.rows.times(solution.weight, slice(0, len(solution.weight)))[sides.row]
@@ -195,10 +208,10 @@ def _lines(program: Program, solution: Solution, multipliers: dict[str, float]) 
         elif name == "budget.tokens":
             unit = sides.unit[c]
             said.append(f"{name}: {totals[c] * unit:,.0f} of at most {sides.bound[c] * unit:,.0f}, {ending}")
-        elif multiplier and len(said) < _SHOWN:
+        elif multiplier and len(said) < SHOWN:
             said.append(f"{sides.texts[c]}: {totals[c] / program.total:.2%} of the weight, {ending}")
         else:
             loose += 1
     if loose:
-        said.append(f"{loose:,} other bounds on shares hold" if loose > 1 else "the other bound on a share holds")
+        said.append(f"bounds on shares that do not bind, or bind less: {loose:,}")
     return tuple(said)

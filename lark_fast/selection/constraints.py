@@ -382,6 +382,8 @@ def _share_of_values(
             )
         of_value[code_of[name]] = share
     if OTHERS in shares:
+        if not code_of:
+            raise constraints.error(f"groups.{group}: no candidate has any {group}; mend or remove it")
         of_value |= {code: shares[OTHERS] for name, code in code_of.items() if name not in shares}
         least = math.fsum(share.min or 0.0 for share in of_value.values())
         if least > 1 + _ROUNDING * len(of_value):

@@ -14,6 +14,7 @@ from lark_fast.pool.records import Record
 from lark_fast.selection.constraints import NO_VALUE, value_name
 from lark_fast.selection.hygiene.removals import Removal
 
+_SHOWN_VALUES = 5
 _YES, _NO = ("true", "yes", "1"), ("false", "no", "0", "")
 
 
@@ -26,7 +27,7 @@ class Filter(Protocol):
         """Take note of the record that made this row of the scores."""
 
     def removals(self, gone: NDArray[np.bool_] | None = None) -> Iterator[Removal]:
-        """What is to go, once all has been seen. Rows that are ``gone`` (``[R]``) already take no part."""
+        """What is to go, in the order in which it was seen. Rows that are ``gone`` (``[R]``) already take no part."""
 
     def notes(self) -> list[str]:
         """What is to be said of them beside their number."""
@@ -48,8 +49,9 @@ class Where:
     def __init__(self, condition: str, size: int) -> None:
         self.name = f"--where {condition}"
         self._column, equals, self._value = condition.partition("=")
-        self._has_value, self._lacks_column = bool(equals), True
+        self._has_value, self._values = bool(equals), dict[str, None]()  # some of those that were met
         self._fails = np.zeros(size, dtype=bool)
+        self._seen, self._count = np.zeros(size, dtype=np.int32 if size < 2**31 else np.int64), 0  # rows as they came
 
     def see(self, row: int, problem: int, record: Record) -> None:
         """See ``Filter``.
@@ -57,22 +59,29 @@ class Where:
         Raises:
             UserError: a text that is to be true or false is neither.
         """
+        self._seen[self._count], self._count = row, self._count + 1
         value = _value_of(record, self._column)
         if value is None:
             self._fails[row] = True
             return
-        self._lacks_column = False
-        self._fails[row] = value_name(value) != self._value if self._has_value else not self._is_true(value, record)
+        name = value_name(value)
+        if len(self._values) < _SHOWN_VALUES:
+            self._values[name] = None
+        self._fails[row] = name != self._value if self._has_value else not self._is_true(value, record)
 
     def removals(self, gone: NDArray[np.bool_] | None = None) -> Iterator[Removal]:
         """See ``Filter``.
 
         Raises:
-            UserError: no record has the column.
+            UserError: no record has the column, or the value.
         """
-        if self._lacks_column:
+        if not self._values:
             raise UserError(f"{self.name}: no record of the pool has a column {self._column!r}")
-        for row in np.flatnonzero(self._fails if gone is None else self._fails & ~gone).tolist():
+        if self._has_value and self._fails.all():
+            values = ", ".join(map(repr, self._values))
+            raise UserError(f"{self.name}: is so for no record; {self._column} is {values}, ...")
+        seen = self._seen[: self._count]
+        for row in seen[self._fails[seen] if gone is None else self._fails[seen] & ~gone[seen]].tolist():
             yield Removal(row=row, reason=self.name)
 
     def notes(self) -> list[str]:
@@ -125,4 +134,6 @@ class ColumnValues:
 
 
 def _value_of(record: Record, column: str) -> Any:
-    return record.teacher or None if column == "teacher" else record.extra.get(column)
+    if column in ("problem_id", "candidate_id", "teacher"):
+        return getattr(record, column) or None if column == "teacher" else getattr(record, column)
+    return record.extra.get(column)

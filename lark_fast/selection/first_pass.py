@@ -1,6 +1,6 @@
 """The first pass over the pool, where one is asked for: which records have to go, and which groups they belong to."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -18,34 +18,36 @@ from lark_fast.selection.scored_rows import ScoredRows
 
 
 class Removed:
-    """What filters took out: two bytes a row, and the details that some have.
+    """What filters took out: two bytes a row. Why a single one went is asked of its filter again.
 
     Args:
+        filters: in the order in which they remove; what an earlier one takes is nothing to a later one.
         size: rows of the scores.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, filters: Sequence[Filter], size: int) -> None:
         self.counts: dict[str, int] = {}  # by the filter's name
         self.gone = np.zeros(size, dtype=bool)
-        self._by = np.zeros(size, dtype=np.int8)
-        self._details: dict[int, Removal] = {}
+        self._filters, self._by = filters, np.full(size, -1, dtype=np.int8)
+        for place, a_filter in enumerate(filters):
+            taken = np.zeros(size, dtype=bool)
+            for removal in a_filter.removals(self.gone):
+                taken[removal.row] = True
+            self._by[taken] = place
+            self.gone |= taken
+            self.counts[a_filter.name] = int(np.count_nonzero(taken))
 
-    def apply(self, a_filter: Filter) -> None:
-        """Take out what a filter says, of what is left."""
-        place, taken = len(self.counts), np.zeros(len(self.gone), dtype=bool)
-        for removal in a_filter.removals(self.gone):
-            taken[removal.row] = True
-            if removal != Removal(row=removal.row, reason=a_filter.name):
-                self._details[removal.row] = removal
-        self._by[taken] = place
-        self.gone |= taken
-        self.counts[a_filter.name] = int(np.count_nonzero(taken))
+    def asked_in_order(self) -> Callable[[int], Removal | None]:
+        """Why a row went, None for one that is left; to be asked of all rows, in the order of the pool."""
+        again = [a_filter.removals(self._by_others(place)) for place, a_filter in enumerate(self._filters)]
 
-    def get(self, row: int) -> Removal | None:
-        """Why a row is gone; None for one that is left."""
-        if not self.gone[row]:
-            return None
-        return self._details.get(row) or Removal(row=row, reason=list(self.counts)[self._by[row]])
+        def reason(row: int) -> Removal | None:
+            return next(again[self._by[row]]) if self.gone[row] else None
+
+        return reason
+
+    def _by_others(self, place: int) -> NDArray[np.bool_]:
+        return (self._by >= 0) & (self._by < place)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,7 @@ def see_pool(
     pool: Pool | None,
     columns: Sequence[str],
     brier: str,
+    stack: ExitStack,
 ) -> Seen:
     """Read the pool once, where there is a reason to.
 
@@ -76,25 +79,24 @@ def see_pool(
         pool: what was scored.
         columns: of the pool, whose values are asked for.
         brier: the column that g_hat is made of.
+        stack: closes the filters.
 
     Raises:
         UserError: the pool is not the scored one; see the filters.
     """
-    values, removed = [ColumnValues(name, len(rows)) for name in columns], Removed(len(rows))
+    values = [ColumnValues(name, len(rows)) for name in columns]
     teacher = np.array([code if name else NO_VALUE for code, name in enumerate(rows.teachers)], dtype=np.int32)
     groups = {"teacher": (teacher[rows.teacher], rows.teachers)}
     if index is None or pool is None or not (values or config.filters):
-        return Seen(removed=removed, groups=groups)
-    with ExitStack() as stack:
-        filters = _filters(config, rows, stack)
-        matching = Matching(index)
-        for row, record in matching.pairs(pool, "reading"):
-            for observer in (*values, *filters):
-                observer.see(row, int(rows.problem[row]), record)
-        matching.refuse_another_pool()
-        for a_filter in filters:
-            removed.apply(a_filter)
-        notes = tuple(note for a_filter in filters for note in a_filter.notes())
+        return Seen(removed=Removed((), len(rows)), groups=groups)
+    filters = _filters(config, rows, stack)
+    matching = Matching(index)
+    for row, record in matching.pairs(pool, "reading"):
+        for observer in (*values, *filters):
+            observer.see(row, int(rows.problem[row]), record)
+    matching.refuse_another_pool()
+    removed = Removed(filters, len(rows))
+    notes = tuple(note for a_filter in filters for note in a_filter.notes())
     if removed.gone.any():
         _renew_g_hat(rows, removed.gone, brier)
     groups |= {column.column: column.groups() for column in values}
@@ -103,11 +105,11 @@ def see_pool(
 
 def _filters(config: SelectConfig, rows: ScoredRows, stack: ExitStack) -> list[Filter]:
     """In the order in which they remove: what goes for one reason does not speak for another candidate."""
-    filters: list[Filter] = [Where(condition, len(rows)) for condition in config.where]
+    filters: list[Filter] = [Where(condition, len(rows)) for condition in dict.fromkeys(config.where)]
     if config.decontaminate:
         from lark_fast.selection.hygiene.decontamination import DEFAULT_NGRAM, Decontamination
 
-        filters.append(Decontamination(config.decontaminate, config.ngram or DEFAULT_NGRAM))
+        filters.append(Decontamination(tuple(dict.fromkeys(config.decontaminate)), config.ngram or DEFAULT_NGRAM))
     if config.near_duplicates is not None:
         from lark_fast.selection.hygiene.duplicates import DEFAULT_THRESHOLD, ExactDuplicates, NearDuplicates
 

@@ -26,6 +26,9 @@ Columns = Mapping[str, Floats]
 # Columns that are made here, beside those of the scores.
 RANDOM, TEACHER_RANK = "random", "teacher_rank"
 
+# What a policy of one's own sees.
+OWN_COLUMNS = ("g_hat", "nll", "brier", "entropy", "rank_mean", "rsr", "rho", "n_tokens", RANDOM, TEACHER_RANK)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyOptions:
@@ -123,8 +126,8 @@ POLICIES = {
 def find_policy(name: str) -> Policy:
     """A policy by its name, or one's own as ``module:function``.
 
-    The function gets (columns, options) as every policy does, with all numbers of the scores, and returns the weights
-    alone, ``[N, K]``. The module is looked for in the working directory too.
+    The function gets (columns, options) as every policy does, with the columns OWN_COLUMNS, and returns the weights
+    alone, ``[N, K]``, which are made to sum to 1. The module is looked for in the working directory too.
 
     Raises:
         UserError: there is no such policy, module or function.
@@ -139,14 +142,11 @@ def find_policy(name: str) -> Policy:
     try:
         weigh = getattr(importlib.import_module(module), function)
     # Whatever a module raises when it is imported.
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"--policy {name}: cannot be imported ({type(error).__name__}: {error})") from error
     if not callable(weigh):
         raise UserError(f"--policy {name}: is no function")
-    return Policy(
-        ("g_hat", "nll", "brier", "entropy", "rank_mean", "rsr", "rho", "n_tokens", RANDOM, TEACHER_RANK),
-        lambda columns, options: _checked(name, weigh(columns, options), columns["g_hat"]),
-    )
+    return Policy(OWN_COLUMNS, lambda columns, options: _own(name, weigh, columns, options))
 
 
 def random_draws(keys: NDArray[np.uint64], seed: int) -> Floats:
@@ -206,13 +206,21 @@ def _softmax_of_perplexity(energies: Floats, target: int) -> Floats:
     return np.where(count <= target, alike, _softmax(energies, unit * np.exp2(high)))
 
 
-def _checked(name: str, weights: Any, g_hat: Floats) -> tuple[Floats, Bools]:
-    """What a user's function returned, as weights that sum to 1 in each row that has one."""
-    weights = np.asarray(weights, dtype=np.float64)
-    if weights.shape != g_hat.shape:
-        raise UserError(f"--policy {name}: returned the shape {weights.shape} where {g_hat.shape} was due")
-    weights = np.where(np.isnan(g_hat), 0.0, weights)
-    if not (np.isfinite(weights) & (weights >= 0)).all():
-        raise UserError(f"--policy {name}: returned weights that are negative, infinite or NaN")
+def _own(name: str, weigh: Callable[..., Any], columns: Columns, options: PolicyOptions) -> tuple[Floats, Bools]:
+    """What a user's function returns, as weights that sum to 1 in each row that has one."""
+    absent = np.isnan(columns["g_hat"])
+    try:
+        returned = weigh({column: values.copy() for column, values in columns.items()}, options)
+        weights = np.array(returned, dtype=np.float64)
+    # Whatever it raises, or returns.
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--policy {name}: failed ({type(error).__name__}: {error})") from error
+    if weights.shape != absent.shape:
+        raise UserError(f"--policy {name}: returned the shape {weights.shape} where {absent.shape} was due")
+    weights[absent] = 0.0
+    if np.iscomplexobj(returned) or not (np.isfinite(weights) & (weights >= 0)).all():
+        raise UserError(f"--policy {name}: returned weights that are negative, infinite, complex or NaN")
+    largest = weights.max(axis=1, keepdims=True)
+    weights /= np.where(largest > 0, largest, 1.0)
     total = weights.sum(axis=1, keepdims=True)
     return weights / np.where(total > 0, total, 1.0), weights > 0

@@ -1,9 +1,11 @@
 """``lark-fast select``: scores and a policy make weights; the pool then streams past and leaves train.jsonl."""
 
 import hashlib
+import json
 import math
 import platform
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ import pyarrow as pa
 import lark_fast
 from lark_fast.errors import UserError
 from lark_fast.files import atomic_open, refuse_overlap, write_json, writing_to
+from lark_fast.kernels.chi2 import DEFAULT_BUDGET
 from lark_fast.pool.reading import Pool
 from lark_fast.scoring.store import read_manifest
 from lark_fast.selection.config import SHOWN_PROBLEMS, SelectConfig, SelectionSummary, variants
@@ -74,7 +77,10 @@ def _run(config: SelectConfig) -> dict[str, tuple[SelectionSummary, Weighed]]:
     """One reading of the scores, at most two of the pool, any number of selections."""
     asked = variants(config)
     directories = {name: Path(config.out, name) for name in asked}
-    _refuse_existing(directories.values(), config.overwrite)
+    if Path(config.out).resolve().is_relative_to(Path(config.scores).resolve()):
+        raise UserError(f"--out {config.out}: lies in --scores {config.scores}; give another directory")
+    if not config.overwrite:
+        _refuse_existing(config, directories.values())
     pool = Pool(config.pool) if config.pool else None
     if pool is not None:
         refuse_overlap(config.out, {"--pool": pool.inputs, "--decontaminate": map(Path, config.decontaminate)})
@@ -89,33 +95,53 @@ def _run(config: SelectConfig) -> dict[str, tuple[SelectionSummary, Weighed]]:
 
         constraints = read_constraints(config.constraints)
         if constraints.columns and pool is None:
-            raise UserError(f"{config.constraints}: {constraints.columns[0]} is a column of the pool: give --pool too")
+            column = constraints.columns[0]
+            raise UserError(f"--constraints {config.constraints}: {column} is a column of the pool: give --pool too")
 
     columns = [name for variant in asked.values() for name in needed_columns(variant.policy)]
     columns += ["nll", manifest["brier"]] if config.filters else []
     rows = ScoredRows(config.scores, tuple(dict.fromkeys(columns)))
     without_g_hat = int(np.count_nonzero(~np.isfinite(rows.numbers["g_hat"])))
     index = RowIndex(rows) if pool is not None else None
-    seen = see_pool(config, rows, index, pool, constraints.columns if constraints else (), manifest["brier"])
-    found = {name: _weigh(variant, rows, constraints, seen) for name, variant in asked.items()}
-    selections = {directories[name]: weighed for name, (weighed, _) in found.items()}
-    with writing_to(config.out):
-        told, exported = _write(config, rows, index, pool, selections, seen)
-        outcome = {}
-        for name, variant in asked.items():
-            weighed, solved = found[name]
-            notes = seen.notes + (solved.lines if solved else ()) + exported.get(directories[name], ())
-            facts = {"without_g_hat": without_g_hat, "removed": seen.removed.counts, "notes": notes} | told
-            summary = _summary(directories[name], rows, weighed, facts)
-            _write_manifest(directories[name] / "manifest.json", variant, manifest, summary, solved)
-            outcome[name] = summary, weighed
-    return outcome
+    with ExitStack() as stack:
+        seen = see_pool(config, rows, index, pool, constraints.columns if constraints else (), manifest["brier"], stack)
+        if seen.removed.gone.any() and np.isnan(rows.numbers["g_hat"]).all():
+            counts = ", ".join(f"{name} took {count:,}" for name, count in seen.removed.counts.items())
+            raise UserError(f"{counts}: nothing is left to select from")
+        found = {name: _weigh(variant, rows, constraints, seen) for name, variant in asked.items()}
+        selections = {directories[name]: weighed for name, (weighed, _) in found.items()}
+        with writing_to(config.out):
+            told, exported = _write(config, rows, index, pool, selections, seen)
+            outcome = {}
+            for name, variant in asked.items():
+                weighed, solved = found[name]
+                notes = seen.notes + (solved.lines if solved else ()) + exported.get(directories[name], ())
+                facts = {"without_g_hat": without_g_hat, "removed": seen.removed.counts, "notes": notes} | told
+                summary = _summary(directories[name], rows, weighed, facts)
+                _write_manifest(directories[name] / "manifest.json", variant, manifest, summary, solved)
+                outcome[name] = summary, weighed
+        return outcome
 
 
-def _refuse_existing(directories: Iterable[Path], overwrite: bool) -> None:
+def _refuse_existing(config: SelectConfig, directories: Iterable[Path]) -> None:
+    """UserError where a file is that would be written or removed."""
     for directory in directories:
-        if not overwrite and any((directory / name).exists() for name in ("train.jsonl", "weights.parquet")):
+        if any((directory / name).exists() for name in ("train.jsonl", "weights.parquet")):
             raise UserError(f"--out {directory}: holds a selection already; give another directory or --overwrite")
+        for path in (*_common_files(config), *_files(directory)):
+            if path.exists():
+                raise UserError(f"--out {config.out}: holds {path} already; give another directory or --overwrite")
+
+
+def _files(directory: Path) -> list[Path]:
+    """All that a selection may have in its directory."""
+    own = [directory / name for name in ("train.jsonl", "weights.parquet", "manifest.json")]
+    return own + [path for name in FORMATS for path in files_of(name, directory)]
+
+
+def _common_files(config: SelectConfig) -> list[Path]:
+    """What the selections of a run share."""
+    return [Path(config.out, name) for name in ("removed.jsonl", "comparison.json", "comparison.md")]
 
 
 def _weigh(
@@ -169,15 +195,33 @@ def _write(
     return told, notes
 
 
-def _remove_leftovers(config: SelectConfig, directories: Iterable[Path]) -> None:
-    """Remove what an earlier selection left and this one does not write again; old manifests speak of other files."""
-    stale = [] if config.filters else [Path(config.out, "removed.jsonl")]
-    for directory in directories:
-        stale.append(directory / "manifest.json")
-        stale += [] if config.pool else [directory / "train.jsonl"]
-        stale += [path for name in FORMATS if name not in config.export for path in files_of(name, directory)]
+def _remove_leftovers(config: SelectConfig, selections: Mapping[Path, Weighed]) -> None:
+    """Remove what earlier selections left and these do not write again; old manifests speak of other files."""
+    earlier = {Path(config.out, name) for name in _swept_names(Path(config.out, "comparison.json"))}
+    stale = [path for directory in {Path(config.out), *earlier} - selections.keys() for path in _files(directory)]
+    stale += [path for path in _common_files(config) if not (config.filters and path.name == "removed.jsonl")]
+    for directory, weighed in selections.items():
+        kept = {"weights.parquet", *(["train.jsonl"] if config.pool else [])}
+        exported = config.export if len(weighed.rows) else ()
+        written = {directory / name for name in kept} | {
+            path for name in exported for path in files_of(name, directory)
+        }
+        stale += [path for path in _files(directory) if path not in written]
     for path in stale:
         path.unlink(missing_ok=True)
+    emptied = {path.parent for path in stale} - {Path(config.out), *selections}
+    for directory in sorted(emptied, key=lambda path: len(path.parts), reverse=True):
+        with suppress(OSError):  # not empty, or never there
+            directory.rmdir()
+
+
+def _swept_names(path: Path) -> list[str]:
+    """The selections that an earlier sweep left, by the comparison that it wrote."""
+    try:
+        names = list(json.loads(path.read_text(encoding="utf-8"))["selections"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [name for name in names if Path(name).name == name]
 
 
 def _summary(out: Path, rows: ScoredRows, weighed: Weighed, facts: dict[str, Any]) -> SelectionSummary:
@@ -226,10 +270,12 @@ def _write_manifest(
     means = {name: facts.pop(name) for name in ("mean_effective_sample_size", "mean_chi2_divergence")}
     teachers, tokens, notes, _ = (facts.pop(name) for name in ("teachers", "selected_tokens", "notes", "out"))
     scores_manifest = Path(config.scores) / "manifest.json"
+    shared_tau = config.tau if solved is None else solved.tau
+    budget = DEFAULT_BUDGET if config.budget is None and shared_tau is None else config.budget
     write_json(
         path,
         {
-            "config": asdict(config) | {"budget": config.used_budget, "sweep": ()},
+            "config": asdict(config) | {"budget": budget, "sweep": ()},
             "scores": {
                 "manifest_sha256": hashlib.sha256(scores_manifest.read_bytes()).hexdigest(),
                 "brier": scores.get("brier"),

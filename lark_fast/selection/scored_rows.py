@@ -15,6 +15,7 @@ from lark_fast.scoring.store import part_files
 
 _BATCH_ROWS = 1 << 15
 _BLOCK_CELLS = 1 << 17
+_TEXTS = ("problem_id", "candidate_id", "teacher", "source")
 _KEY_FACTOR = 0x9E3779B97F4A7C15  # odd, so that no bit of a problem's hash is lost
 
 
@@ -33,7 +34,7 @@ class ScoredRows:
 
     def __init__(self, directory: str | Path, columns: tuple[str, ...]) -> None:
         self.directory = Path(directory)
-        self._size = sum(self._file(part).metadata.num_rows for part in part_files(self.directory))
+        self._size = sum(_opened(part).metadata.num_rows for part in part_files(self.directory))
         if not self._size:
             raise UserError(f"{directory}: holds no scored trajectories")
         problem, teacher, start = [], [], 0
@@ -46,6 +47,8 @@ class ScoredRows:
             for name, array in (("n_tokens", self.n_tokens), *self.numbers.items()):
                 array[here] = batch[name].to_numpy(zero_copy_only=False)
             start += len(batch)
+        if (self.n_tokens < 0).any():
+            raise UserError(f"{directory}: n_tokens is below 0 in {int((self.n_tokens < 0).sum()):,} rows; score again")
         self.problem, self._problem_names = _codes(problem)
         self.teacher, teachers = _codes(teacher)
         self.teachers: list[str] = teachers.to_pylist()
@@ -115,21 +118,42 @@ class ScoredRows:
     def batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
         """These columns from the disk, some thousand rows at a time, in order."""
         for part in part_files(self.directory):
-            file = self._file(part)
-            lacking = [name for name in columns if name not in file.schema_arrow.names]
-            if lacking:
-                raise UserError(f"{part}: has no column {lacking[0]}; {_remedy(lacking[0])}")
+            file = _opened(part)
+            for name in columns:
+                _check_column(part, file.schema_arrow, name)
             try:
-                yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns))
+                for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns)):
+                    for name in columns:
+                        if batch[name].null_count and name not in self.numbers:
+                            raise UserError(f"{part}: column {name} has empty values; {_remedy(name)}")
+                    yield batch
             except (OSError, pa.ArrowException) as error:
                 raise UserError(f"{part}: cannot be read: {error}") from error
 
-    def _file(self, part: Path) -> pq.ParquetFile:
-        try:
-            # The few distinct strings of these columns stay in Parquet's dictionaries instead of a copy a row.
-            return pq.ParquetFile(part, read_dictionary=["problem_id", "teacher"])
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{part}: cannot be read: {error}") from error
+
+def _opened(part: Path) -> pq.ParquetFile:
+    try:
+        # The few distinct strings of these columns stay in Parquet's dictionaries instead of a copy a row.
+        texts = [name for name in ("problem_id", "teacher") if name in pq.read_schema(part).names]
+        return pq.ParquetFile(part, read_dictionary=texts)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{part}: cannot be read: {error}") from error
+
+
+def _check_column(part: Path, schema: pa.Schema, name: str) -> None:
+    """UserError for a column that is not there or not of its kind."""
+    if name not in schema.names:
+        raise UserError(f"{part}: has no column {name}; {_remedy(name)}")
+    kind = schema.field(name).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if name in _TEXTS:
+        fits = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    elif name == "n_tokens":
+        fits = pa.types.is_integer(kind)
+    else:
+        fits = pa.types.is_floating(kind) or pa.types.is_integer(kind) or name == "content_hash"
+    if not fits:
+        raise UserError(f"{part}: column {name} is {kind}; {_remedy(name)}")
 
 
 def key_hash(key: tuple[str, str]) -> int:

@@ -1,10 +1,11 @@
 """Selections side by side: what they share, what they cost, whom they prefer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lark_fast.selection.config import SelectionSummary
 from lark_fast.selection.weighing import Weighed
@@ -12,11 +13,18 @@ from lark_fast.selection.weighing import Weighed
 HISTOGRAM_EDGES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
 
 
-def jaccard(a: Weighed, b: Weighed) -> float:
-    """Shared rows over all rows of two selections, |A and B| / |A or B|; 1 when both are empty."""
-    shared = len(np.intersect1d(a.rows, b.rows, assume_unique=True))
-    union = len(a.rows) + len(b.rows) - shared
-    return shared / union if union else 1.0
+def overlaps(selections: Sequence[Weighed]) -> NDArray[np.float64]:
+    """Jaccard similarity |A and B| / |A or B| of any two selections' rows, ``[S, S]``; 1 when both are empty."""
+    size = 1 + max((int(one.rows[-1]) for one in selections if len(one.rows)), default=0)
+    found = np.eye(len(selections))
+    for i, a in enumerate(selections):
+        chosen = np.zeros(size, dtype=bool)
+        chosen[a.rows] = True
+        for j, b in enumerate(selections[:i]):
+            shared = int(np.count_nonzero(chosen[b.rows]))
+            union = len(a.rows) + len(b.rows) - shared
+            found[i, j] = found[j, i] = shared / union if union else 1.0
+    return found
 
 
 def weight_histogram(weighed: Weighed) -> list[int]:
@@ -28,7 +36,7 @@ def weight_histogram(weighed: Weighed) -> list[int]:
 
 def comparison(selections: Mapping[str, Weighed], summaries: Mapping[str, SelectionSummary]) -> dict[str, Any]:
     """Facts of each selection by its name, and how much any two overlap, as JSON."""
-    names = list(selections)
+    shared = overlaps(list(selections.values())).tolist()
     return {
         "selections": {
             name: {
@@ -43,7 +51,7 @@ def comparison(selections: Mapping[str, Weighed], summaries: Mapping[str, Select
             for name, summary in summaries.items()
         },
         "weight_histogram_edges": list(HISTOGRAM_EDGES),
-        "jaccard": {a: {b: jaccard(selections[a], selections[b]) for b in names} for a in names},
+        "jaccard": {a: dict(zip(selections, row, strict=True)) for a, row in zip(selections, shared, strict=True)},
     }
 
 

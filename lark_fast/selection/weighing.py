@@ -81,10 +81,13 @@ def weigh(
         present = (block >= 0) & ~np.isnan(columns["g_hat"][block])
         some = present.any(axis=1)
         block, present = block[some], present[some]
-        whole += 0 if options.tau is not None else int((present.sum(axis=1) <= options.size).sum())
         padded = {name: np.where(present, column[block], np.nan) for name, column in columns.items()}
         q, taken = found.weigh(padded, options)
         weight[block[present]], chosen[block[present]] = q[present], taken[present]
+        if options.tau is None:
+            few = present.sum(axis=1) <= options.size
+            alike = np.where(present, q, np.inf).min(axis=1) >= q.max(axis=1) * (1 - 1e-12)
+            whole += int((few & alike & (taken == present).all(axis=1)).sum())
     _refuse_empty(rows, columns["g_hat"], options)
     return sum_up(rows, ~np.isnan(columns["g_hat"]), weight, chosen, whole_problems=whole)
 
@@ -130,6 +133,7 @@ def sum_up(rows: ScoredRows, usable: Bools, weight: Floats, chosen: Bools, *, wh
         block = block[~empty[rows.problem[block[:, 0]]]]
         present = (block >= 0) & usable[block]
         q = np.where(present, weight[block], 0.0)
+        q /= q.sum(axis=1, keepdims=True)  # under constraints a problem's weights may sum to less than 1
         sizes.append(effective_sample_size(q))
         divergences.append(chi2_divergence(q, present / np.maximum(present.sum(axis=1, keepdims=True), 1)))
     taken = np.flatnonzero(chosen)
@@ -161,6 +165,7 @@ def _columns(
         if name == RANDOM:
             columns[name] = random_draws(rows.keys, seed)
         elif name == TEACHER_RANK:
+            _refuse_unknown(rows, teacher_order)
             places = {teacher: place for place, teacher in enumerate(teacher_order)}
             ranks = [places.get(teacher, len(places)) for teacher in rows.teachers]
             columns[name] = np.array(ranks, dtype=np.float64)[rows.teacher]
@@ -171,6 +176,13 @@ def _columns(
             _refuse_not_finite(rows, name, columns[name], usable)
     columns["g_hat"] = np.where(usable, g_hat, np.nan)
     return columns
+
+
+def _refuse_unknown(rows: ScoredRows, teachers: Sequence[str]) -> None:
+    for teacher in teachers:
+        if teacher not in rows.teachers:
+            known = ", ".join(map(repr, sorted(rows.teachers)[:10]))
+            raise UserError(f"--teacher-order: no trajectory is by {teacher!r}; there are {known}")
 
 
 def _refuse_not_finite(rows: ScoredRows, name: str, values: Floats, usable: Bools) -> None:

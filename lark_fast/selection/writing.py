@@ -63,6 +63,7 @@ class TrainFiles:
         removed: tuple[Path, Removed] | None = None,
     ) -> None:
         self._rows, self._selections, self._removed = rows, selections, removed
+        self._why_removed = (lambda row: None) if removed is None else removed[1].asked_in_order()
         self._exporters = {
             directory: [Exporter(name, directory, float(weighed.weight.mean())) for name in exports]
             for directory, weighed in selections.items()
@@ -90,8 +91,8 @@ class TrainFiles:
         self._stack.__exit__(*error)
 
     def write(self, row: int, record: Record) -> None:
-        """Write a record to the files of the selections that chose it, or to that of the removed."""
-        removal = None if self._removed is None else self._removed[1].get(row)
+        """Write a record, in the pool's order, to the files of selections that chose it or to that of the removed."""
+        removal = self._why_removed(row)
         if removal is not None:
             _write_line(self._removed_file, removed_entry(record, removal))
             return
