@@ -47,7 +47,7 @@ REFERENCE_STEP_BELOW_MINIMUM = 1e-8
 REFERENCE_DEGENERATE = 1e-12
 
 # Problems are worked on in blocks of about this many cells: the temporaries stay in the cache, whatever N is.
-_BLOCK_CELLS = 1 << 16
+_BLOCK_CELLS = 1 << 17
 
 Networks = dict[tuple[int, int, int], Largest]  # by K, R and how many are wanted; the last one serves again
 

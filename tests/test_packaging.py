@@ -101,6 +101,8 @@ def test_public_names():
         "TokenStats",
         "g_hat",
         "chi2_weights",
+        "chi2_solve",
+        "Chi2Solution",
         "token_stats",
         "token_stats_from_logits",
         "trajectory_reduce",

@@ -188,6 +188,10 @@ def test_words_with_the_labels_weights_tie_with_it(dtype):
     # Not whole numbers: only the same instructions in the same order give the same bits.
     hidden, weight, labels = problem(40, 64, 200, dtype=dtype)
     weight = torch.cat([weight, weight, weight])
+    if DEVICE.type == "cpu":
+        logits = hidden.float().numpy() @ weight.float().numpy().T
+        if (logits[:, :200] != logits[:, 200:400]).any():
+            pytest.skip("numpy, which interprets the kernel, multiplies equal columns to different last bits here")
     stats = token_stats(hidden, weight, labels + 200, impl="fused")
     assert ((stats.rank - 1) % 3 == 0).all()
     assert stats.agreement[::2].all()
