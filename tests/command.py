@@ -54,9 +54,10 @@ def make_records(problems: int, candidates: int = 3, words: int = 4):
             yield {"problem_id": p, "candidate_id": k, "teacher": f"teacher-{k}", "messages": turns}
 
 
-# It has no thread but its own when it forks, and a child ends as any Python program does.
+# It has no thread but its own when it forks. A child ends as any Python program does (threads are waited for, what was
+# registered with atexit runs) but for the modules, which are not taken apart: that takes twice as long as most tests.
 _FORKING = """
-import json, os, sys
+import atexit, json, os, sys, threading
 import pyarrow.parquet
 import lark_fast.rendering.inspection, lark_fast.scoring.dry_run, lark_fast.scoring.engine, lark_fast.scoring.scorer
 from lark_fast.__main__ import main
@@ -83,8 +84,16 @@ while line := sys.stdin.readline():
         os.close(descriptor)
     sys.argv = ["lark-fast", *asked["words"]]
     exec(asked["before"])
-    main()
-    sys.exit()
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 """
 
 

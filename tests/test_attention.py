@@ -206,7 +206,7 @@ def test_blocks_of_sequences_longer_than_a_block(window, softcap):
     assert apart(attention.blocks(query, key, value, pack, 0.3, window, softcap), truth) < 1e-6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(any),
     block=st.integers(1, 8),

@@ -79,7 +79,7 @@ def test_torch_form_over_shapes(T, D, V, scale):
     assert_same_order(ours, truth)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     # Tiles of the interpreter are 16 x 64 x 16, so sizes around their multiples are where masks matter.
     T=st.integers(1, 40),
@@ -388,7 +388,7 @@ def test_from_logits_over_several_splits(impl):
     assert_same_order(ours, truth)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     T=st.integers(0, 20),
     V=st.integers(1, 2500),

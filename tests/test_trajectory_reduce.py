@@ -85,7 +85,7 @@ LENGTHS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     LENGTHS,
     st.sampled_from([torch.int32, torch.int64]),
