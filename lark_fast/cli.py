@@ -212,7 +212,9 @@ def select(
     pool: Annotated[
         list[str] | None, typer.Option(help="What was scored; may be repeated. Without it: weights.parquet only.")
     ] = None,
-    budget: Annotated[int | None, typer.Option(help="Candidates of a problem that get weight. Default: 3.")] = None,
+    budget: Annotated[
+        int | None, typer.Option(help="Candidates of a problem that get weight (kl: see README). Default: 3.")
+    ] = None,
     tau: Annotated[
         float | None, typer.Option(help="Strength of the penalty (chi2, kl) in units of g_hat, instead of a budget.")
     ] = None,
@@ -299,6 +301,10 @@ def select(
         summaries, tables = run_sweep(config)
         for line in tables.splitlines():
             _say(line)
+        said = {number: summary.lines()[1:] for number, summary in enumerate(summaries.values(), 1)}
+        for line in dict.fromkeys(line for lines in said.values() for line in lines):
+            where = [str(number) for number, lines in said.items() if line in lines]
+            _say(line if len(where) == len(said) else f"{', '.join(where)}: {line}")
         _say(f"{out}: {len(summaries)} selection(s) side by side in comparison.md and comparison.json")
         if not any(summary.rows for summary in summaries.values()):
             raise typer.Exit(3)

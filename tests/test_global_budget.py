@@ -558,6 +558,6 @@ def test_lines_say_what_binds():
     )
     says = Constraints(source=SAID, tokens=60_000.0, groups={"teacher": {"a": Share(min=0.5), "*": Share(max=0.4)}})
     lines = constrained_weights(candidates, says).lines
-    assert lines[0] == "budget.tokens: 50,000 of at most 60,000, which does not bind"
+    assert lines[0] == "budget.tokens: weight x tokens 50,000 of at most 60,000, which does not bind"
     assert lines[1].startswith("groups.teacher.a min 0.5: 50.00% of the weight, multiplier ")
-    assert lines[2] == "3 other bounds on shares hold"
+    assert lines[2] == "more bounds on shares that hold: 3"

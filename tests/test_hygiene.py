@@ -374,7 +374,7 @@ def test_layout_and_punctuation_do_not_hide_a_copy(tmp_path):
     made = Decontamination([path])
     assert hits(made, [*copies, *others]) == copies
     assert made.counts() == (FileCount(path=path, items=1, matched_items=1, records=4),)
-    assert made.notes() == [f"--decontaminate {path}: the prompts of 4 trajectories share words with 1 of 1 items"]
+    assert made.notes() == [f"--decontaminate {path}: the prompts of 4 trajectories match 1 of 1 items"]
     first = next(made.removals())
     assert first.matched == f"{path}:1: find the number of positive integers n at most 1000 for which n"
     assert (first.reason, first.of_row, first.similarity) == (f"--decontaminate {path}", None, None)

@@ -95,9 +95,9 @@ def test_a_sweep_is_its_selections_side_by_side(tmp_path, with_pool):
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        (("size=1,2",), "--sweep size=1,2: give each of budget, tau, policy"),
-        (("budget",), "--sweep budget: give"),
-        (("budget=1", "budget=2"), "--sweep budget=2: give each"),
+        (("size=1,2",), "--sweep size=1,2: is no KEY=VALUE,VALUE,... of budget, tau, policy"),
+        (("budget",), "--sweep budget: is no KEY"),
+        (("budget=1", "budget=2"), "--sweep budget=2: comes twice"),
         (("budget=1,x",), "'x' is no number"),
         (("budget=1,1",), "names a value twice"),
         (("budget=0",), "--budget 0"),

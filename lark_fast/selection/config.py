@@ -87,7 +87,7 @@ class SelectionSummary:
         if self.problems_kept_whole:
             said.append(
                 f"{self.problems_kept_whole:,} of {self.problems:,} problems have no more candidates than the budget: "
-                "all of theirs are kept, alike"
+                "all of theirs are kept, with equal weights"
             )
         if self.problems_without_row:
             names = ", ".join(map(repr, self.first_problems_without_row))
@@ -118,7 +118,8 @@ def variants(config: SelectConfig) -> dict[str, SelectConfig]:
     for axis in config.sweep:
         key, equals, values = axis.partition("=")
         if key not in SWEPT or not equals or key in axes:
-            raise UserError(f"--sweep {axis}: give each of {', '.join(SWEPT)} once at most, as KEY=VALUE,VALUE,...")
+            fault = "comes twice" if key in axes else "is no KEY=VALUE,VALUE,... of " + ", ".join(SWEPT)
+            raise UserError(f"--sweep {axis}: {fault}")
         axes[key] = [_value(axis, key, value) for value in values.split(",")]
         if len(set(axes[key])) < len(axes[key]):
             raise UserError(f"--sweep {axis}: names a value twice")

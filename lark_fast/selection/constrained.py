@@ -207,11 +207,12 @@ def _lines(program: Program, solution: Solution, multipliers: dict[str, float]) 
             said.append(f"{name}: {totals[c]:,.6g} of {sides.bound[c]:,.6g}, {ending}")
         elif name == "budget.tokens":
             unit = sides.unit[c]
-            said.append(f"{name}: {totals[c] * unit:,.0f} of at most {sides.bound[c] * unit:,.0f}, {ending}")
+            reached, bound = totals[c] * unit, sides.bound[c] * unit
+            said.append(f"{name}: weight x tokens {reached:,.0f} of at most {bound:,.0f}, {ending}")
         elif multiplier and len(said) < SHOWN:
             said.append(f"{sides.texts[c]}: {totals[c] / program.total:.2%} of the weight, {ending}")
         else:
             loose += 1
     if loose:
-        said.append(f"bounds on shares that do not bind, or bind less: {loose:,}")
+        said.append(f"more bounds on shares that hold: {loose:,}")
     return tuple(said)

@@ -79,7 +79,8 @@ class Where:
             raise UserError(f"{self.name}: no record of the pool has a column {self._column!r}")
         if self._has_value and self._fails.all():
             values = ", ".join(map(repr, self._values))
-            raise UserError(f"{self.name}: is so for no record; {self._column} is {values}, ...")
+            more = ", ..." if len(self._values) == _SHOWN_VALUES else ""
+            raise UserError(f"{self.name}: is so for no record; {self._column} is {values}{more}")
         seen = self._seen[: self._count]
         for row in seen[self._fails[seen] if gone is None else self._fails[seen] & ~gone[seen]].tolist():
             yield Removal(row=row, reason=self.name)

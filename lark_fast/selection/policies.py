@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -210,11 +210,13 @@ def _own(name: str, weigh: Callable[..., Any], columns: Columns, options: Policy
     """What a user's function returns, as weights that sum to 1 in each row that has one."""
     absent = np.isnan(columns["g_hat"])
     try:
-        returned = weigh({column: values.copy() for column, values in columns.items()}, options)
+        own = {column: values.copy() for column, values in columns.items()}
+        returned = weigh(own, options if options.tau is not None else replace(options, budget=options.size))
         weights = np.array(returned, dtype=np.float64)
     # Whatever it raises, or returns.
     except (Exception, SystemExit) as error:
-        raise UserError(f"--policy {name}: failed ({type(error).__name__}: {error})") from error
+        known = f"; columns are {', '.join(columns)}" if isinstance(error, KeyError) else ""
+        raise UserError(f"--policy {name}: failed ({type(error).__name__}: {error}){known}") from error
     if weights.shape != absent.shape:
         raise UserError(f"--policy {name}: returned the shape {weights.shape} where {absent.shape} was due")
     weights[absent] = 0.0

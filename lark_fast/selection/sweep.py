@@ -47,6 +47,7 @@ def comparison(selections: Mapping[str, Weighed], summaries: Mapping[str, Select
                 "mean_chi2_divergence": summary.mean_chi2_divergence,
                 "teachers": {teacher: shares["weight"] for teacher, shares in summary.teachers.items()},
                 "weight_histogram": weight_histogram(selections[name]),
+                "notes": summary.lines()[1:],
             }
             for name, summary in summaries.items()
         },

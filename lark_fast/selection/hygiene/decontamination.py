@@ -114,7 +114,7 @@ class Decontamination:
     def notes(self) -> list[str]:
         """The counts for a reader, a line a fact."""
         said = [
-            f"{OPTION} {count.path}: the prompts of {count.records:,} trajectories share words with "
+            f"{OPTION} {count.path}: the prompts of {count.records:,} trajectories match "
             f"{count.matched_items:,} of {count.items:,} items"
             for count in self.counts()
         ]
