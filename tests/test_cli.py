@@ -25,16 +25,16 @@ def pool(tmp_path):
     return write_jsonl(tmp_path / "pool.jsonl", make_records(6))
 
 
-def test_score_select_train(tmp_path, pool, student):
+def test_score_select_train(tmp_path, pool, student, forks):
     held_out = write_jsonl(tmp_path / "held_out.jsonl", list(make_records(9))[18:])
     scored = run("score", "--pool", pool, "--student", student, "--out", tmp_path / "s", "--top-k", 50)
     assert "18 trajectories of 6 problems" in scored.stdout
-    run("select", "--scores", tmp_path / "s", "--pool", pool, "--out", tmp_path / "c", "--budget", 2)
+    forks.run("select", "--scores", tmp_path / "s", "--pool", pool, "--out", tmp_path / "c", "--budget", 2)
     rows = [json.loads(line) for line in (tmp_path / "c" / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 12
     for problem in range(6):
         assert sum(r["weight"] for r in rows if r["meta"]["problem_id"] == problem) == pytest.approx(1)
-    trained = run(
+    trained = forks.run(
         *("train", "--data", tmp_path / "c" / "train.jsonl", "--student", student, "--out", tmp_path / "k"),
         *("--eval-data", held_out, "--epochs", 4, "--lr", 3e-3, "--global-batch", 4),
     )
@@ -45,7 +45,7 @@ def test_score_select_train(tmp_path, pool, student):
     assert "held-out" in trained.stdout
     assert (tmp_path / "k" / "loss.png").stat().st_size > 1000
     # A checkpoint is a student.
-    run("score", "--pool", pool, "--student", tmp_path / "k", "--out", tmp_path / "s2")
+    forks.run("score", "--pool", pool, "--student", tmp_path / "k", "--out", tmp_path / "s2")
     assert read_manifest(tmp_path / "s2")["identity"]["student"] != read_manifest(tmp_path / "s")["identity"]["student"]
 
 

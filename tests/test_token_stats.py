@@ -283,7 +283,7 @@ def test_what_is_not_asked_for_is_not_there(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_same_bits_on_every_run(form):
-    hidden, weight, labels = problem(45, 40, 700, 5.0, dtype=torch.bfloat16)
+    hidden, weight, labels = problem(37, 24, 300, 5.0, dtype=torch.bfloat16)
     first, second = (token_stats(hidden, weight, labels, top_k=6, impl=form) for _ in range(2))
     assert_same_bits(first, second)
 

@@ -67,7 +67,7 @@ def test_a_real_vocabulary():
     assert ours[1] > 1  # no probability at all
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     T=st.integers(1, 3),
     C=st.integers(1, 150),

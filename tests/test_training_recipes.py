@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lark_fast import Scorer
 from lark_fast.errors import UserError
 from lark_fast.rendering.renderer import Renderer
+from lark_fast.scoring.run import ScoreConfig, score_pool
+from lark_fast.selection.run import SelectConfig, select
 from lark_fast.student import Student, load_student
 from lark_fast.training import run as training_run
 from lark_fast.training.batches import micro_batches, of_rank
@@ -497,16 +499,15 @@ def test_the_live_line(tmp_path, data, student, capsys):
     assert last["memory_bytes"] > 1 << 26
 
 
-def test_the_model_card_tells_where_the_data_came_from(tmp_path, student):
+def test_the_model_card_tells_where_the_data_came_from(tmp_path, forks, student):
     pool = tmp_path / "pool.jsonl"
     rows = [{name: value for name, value in row.items() if name != "weight"} for row in weighted_rows()]
     write_data(pool, rows)
-    command.run("score", "--pool", pool, "--student", student, "--out", tmp_path / "scores", "--device", "cpu")
-    command.run(
-        *("select", "--scores", tmp_path / "scores", "--pool", pool, "--out", tmp_path / "selection", "--budget", 2)
-    )
+    scores, selection_out = str(tmp_path / "scores"), str(tmp_path / "selection")
+    score_pool(ScoreConfig(pool=(str(pool),), student=str(student), out=scores, device="cpu"))
+    select(SelectConfig(scores=scores, pool=(str(pool),), out=selection_out, budget=2))
     chosen = tmp_path / "selection" / "train.jsonl"
-    done = command.run(
+    done = forks.run(
         *("train", "--data", chosen, "--student", student, "--out", tmp_path / "out", "--preset", "lora"),
         *("--epochs", 1, "--lora-rank", 2, "--probe", chosen, "--device", "cpu", "--dtype", "float32"),
     )
@@ -542,8 +543,8 @@ def test_the_presets_are_the_papers():
         (("--lora", "--lora-alpha", -1), "lora alpha is a positive number"),
     ],
 )
-def test_options_that_do_not_go_together(tmp_path, data, student, words, said):
-    done = command.run("train", "--data", data, "--student", student, "--out", tmp_path / "out", *words, code=2)
+def test_options_that_do_not_go_together(tmp_path, forks, data, student, words, said):
+    done = forks.run("train", "--data", data, "--student", student, "--out", tmp_path / "out", *words, code=2)
     assert done.stderr.count("\n") == 1
     assert said in done.stderr
 

@@ -2,9 +2,7 @@
 
 import json
 import os
-import resource
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,7 +18,6 @@ from lark_fast.training import state
 from lark_fast.training.loop import TIMED
 from lark_fast.training.state import RunDirectory
 from lark_fast.training.step import Trainer
-from tests.command import ENVIRONMENT, command
 from tests.templates import CHATML
 from tests.tiny import byte_level_tokenizer, tiny_llama, tiny_qwen2
 from tests.training_runs import metrics, run, save_student, weighted_rows, write_data
@@ -63,35 +60,28 @@ def assert_same_run(a, b):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def train_command(data, student, out, save_every):
+def train_words(data, student, out, save_every):
     """As ``run(..., **LONG)``, with the data held out too."""
     settings = {"--epochs": 8, "--global-batch": 2, "--lr": 1e-3, "--device": "cpu", "--dtype": "float32"}
-    words = command("train", "--data", data, "--student", student, "--out", out, "--eval-data", data)
+    words = ["train", "--data", data, "--student", student, "--out", out, "--eval-data", data]
     return words + [str(word) for pair in {**settings, "--save-every": save_every}.items() for word in pair]
 
 
-def start_and_stop(data, student, out, how, *, after, save_every):
+def start_and_stop(forks, data, student, out, how, *, after, save_every):
     """Run the command line until metrics.jsonl has some lines, then send it a signal; returns its exit code."""
-    process = subprocess.Popen(
-        train_command(data, student, out, save_every),
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        # Whoever runs the tests in the background may have it ignored, here and in every child.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = forks.start(*train_words(data, student, out, save_every))
     log = out / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and len(log.read_bytes().splitlines()) >= after):
         time.sleep(0.002)
-    process.send_signal(how)
+    process.kill(how)
     code = process.wait(60)
     assert not json.loads((out / "manifest.json").read_text())["complete"], "the run ended before it was stopped"
     return code
 
 
-def test_kill_9_and_resume_bit_for_bit(tmp_path, data, student, uninterrupted):
+def test_kill_9_and_resume_bit_for_bit(tmp_path, forks, data, student, uninterrupted):
     out = tmp_path / "out"
-    assert start_and_stop(data, student, out, signal.SIGKILL, after=14, save_every=5) == -signal.SIGKILL
+    assert start_and_stop(forks, data, student, out, signal.SIGKILL, after=14, save_every=5) == -signal.SIGKILL
     # Whatever else a killed process may leave: an older state, a state half written, a line half written.
     (out / "resume-000002").mkdir()
     (out / "resume-000040.tmp").mkdir()
@@ -108,18 +98,18 @@ def test_kill_9_and_resume_bit_for_bit(tmp_path, data, student, uninterrupted):
     assert not list(out.glob("*.tmp"))
 
 
-def test_killed_before_the_first_state(tmp_path, data, student, uninterrupted):
+def test_killed_before_the_first_state(tmp_path, forks, data, student, uninterrupted):
     out = tmp_path / "out"
-    start_and_stop(data, student, out, signal.SIGKILL, after=3, save_every=0)
+    start_and_stop(forks, data, student, out, signal.SIGKILL, after=3, save_every=0)
     assert run(data, student, out, eval_data=str(data), **LONG).resumed_from is None
     assert_same_run(out, uninterrupted)
 
 
 # SIGTERM is how schedulers end a job.
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_control_c_keeps_the_finished_steps(tmp_path, data, student, uninterrupted, how):
+def test_control_c_keeps_the_finished_steps(tmp_path, forks, data, student, uninterrupted, how):
     out = tmp_path / "out"
-    assert start_and_stop(data, student, out, how, after=6, save_every=0) == 130
+    assert start_and_stop(forks, data, student, out, how, after=6, save_every=0) == 130
     logged = metrics(out)[-1]["step"]
     assert logged >= 4
     assert run(data, student, out, eval_data=str(data), **LONG).resumed_from == logged
@@ -174,16 +164,10 @@ def test_what_was_finished_before_a_stop_is_kept(
 
 # What a process may write to a file: the manifest and the log, then the weights but not Adam's two moments of them.
 @pytest.mark.parametrize("limit", [20_000, 200_000])
-def test_a_disk_that_takes_no_more(tmp_path, data, student, uninterrupted, limit):
+def test_a_disk_that_takes_no_more(tmp_path, forks, data, student, uninterrupted, limit):
     out = tmp_path / "out"
-    done = subprocess.run(
-        train_command(data, student, out, save_every=5),
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    assert done.returncode == 2, done.stderr
+    before = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
+    done = forks.run(*train_words(data, student, out, save_every=5), code=2, before=before)
     assert f"lark-fast: --out {out}: cannot be written to: " in done.stderr
     assert "Traceback" not in done.stderr
     run(data, student, out, eval_data=str(data), **LONG)
@@ -223,25 +207,25 @@ def test_a_run_half_thrown_away_is_not_complete(tmp_path, data, student, monkeyp
     assert not run(data, student, out, epochs=1).already_complete
 
 
-def test_another_micro_batch_may_go_on(tmp_path, data, student, uninterrupted):
+def test_another_micro_batch_may_go_on(tmp_path, forks, data, student, uninterrupted):
     # Micro-batches are how, not what: the way out when memory runs short must not cost what was done. Dropout draws
     # differently then, so only the shape of the run is the same.
     out = tmp_path / "out"
-    start_and_stop(data, student, out, signal.SIGKILL, after=8, save_every=2)
+    start_and_stop(forks, data, student, out, signal.SIGKILL, after=8, save_every=2)
     assert run(data, student, out, eval_data=str(data), micro_batch=1, **LONG).resumed_from >= 2
     assert [line["step"] for line in metrics(out)] == [line["step"] for line in metrics(uninterrupted)]
 
 
-def test_only_the_newest_state_is_kept(tmp_path, data, student):
+def test_only_the_newest_state_is_kept(tmp_path, forks, data, student):
     out = tmp_path / "out"
-    start_and_stop(data, student, out, signal.SIGKILL, after=12, save_every=2)
+    start_and_stop(forks, data, student, out, signal.SIGKILL, after=12, save_every=2)
     # One, or two if the signal fell between the rename and the removal.
     assert 1 <= len([path for path in out.glob("resume-*") if path.suffix != ".tmp"]) <= 2
 
 
-def test_lost_metrics_are_not_papered_over(tmp_path, data, student):
+def test_lost_metrics_are_not_papered_over(tmp_path, forks, data, student):
     out = tmp_path / "out"
-    start_and_stop(data, student, out, signal.SIGKILL, after=8, save_every=2)
+    start_and_stop(forks, data, student, out, signal.SIGKILL, after=8, save_every=2)
     os.truncate(out / "metrics.jsonl", 10)
     with pytest.raises(UserError, match=r"metrics.jsonl: lines are missing"):
         run(data, student, out, eval_data=str(data), **LONG)
