@@ -39,7 +39,7 @@ def telling_launch(self, batch):
     return launch(self, batch)
 def telling_append(self, rows):
     append(self, rows)
-    os.write(told, (json.dumps([[r["problem_id"], r["candidate_id"]] for r in rows]) + "\\n").encode())
+    os.write(told, ("\\n" + json.dumps([[r["problem_id"], r["candidate_id"]] for r in rows]) + "\\n").encode())
 Passes._launch, ScoreStore.append = telling_launch, telling_append
 """.replace("*real", "Passes._launch, ScoreStore.append")
 )
@@ -137,6 +137,14 @@ def gone(processes):
     return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
 
 
+def _is_whole(line):
+    """Of what was told: kill -9 may tear a line, and then the next one begins behind its rest."""
+    try:
+        return isinstance(json.loads(line), list)
+    except json.JSONDecodeError:  # nothing, the dot of a pass, or half a line
+        return False
+
+
 class Told:
     """What runs with ``TELLING`` have told."""
 
@@ -155,7 +163,7 @@ class Told:
 
     @property
     def packs(self):
-        return [[tuple(key) for key in json.loads(line)] for line in self.lines() if line != "."]
+        return [[tuple(key) for key in json.loads(line)] for line in self.lines() if _is_whole(line)]
 
     @property
     def rows(self):

@@ -431,12 +431,12 @@ def test_a_cpu_whose_memory_does_not_suffice():
         assert limited["means"][number] == pytest.approx(means, rel=FLOAT32)
 
 
-# All 131,072 tokens pass through the model; a core needs half a minute for the head on 65,536 of them, so a sixteenth
-# of the trajectory is scored. The model is as narrow as can be: what grows with [T, V] would stand out.
+# All 65,536 tokens pass through the model; a core needs half a minute for the head on all of them, so an eighth of the
+# trajectory is scored. The model is as narrow as can be: what grows with [T, V] would stand out.
 LONG = (
     PRELUDE
     + """
-n_tokens, n_scored, vocabulary = 131072, 8192, 151936
+n_tokens, n_scored, vocabulary = 65536, 8192, 151936
 model = tiny_llama(vocabulary, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
                    num_key_value_heads=1, max_position_embeddings=n_tokens)
 scorer = Scorer(model)
