@@ -20,7 +20,7 @@ _KEY_FACTOR = 0x9E3779B97F4A7C15  # odd, so that no bit of a problem's hash is l
 
 
 class ScoredRows:
-    """The rows of a finished scores directory, in its order; 16 bytes a row and 8 more a column asked for.
+    """The rows of a finished scores directory, in its order; 20 bytes a row and 8 more a column asked for.
 
     Attributes:
         problem: ``[R]`` numbers from 0 to the number of problems; ``problem_name(n)`` is the id as a string.
@@ -102,10 +102,7 @@ class ScoredRows:
         Problems of similar size go together and a matrix holds about 130,000 cells, so that one problem with
         thousands of candidates costs no more than itself.
         """
-        order = np.argsort(self.problem, kind="stable")
-        sizes = np.bincount(self.problem, minlength=self.n_problems)
-        starts = np.cumsum(sizes) - sizes
-        by_size = np.argsort(-sizes, kind="stable")
+        order, sizes, starts, by_size = self._problems
         first = 0
         while first < len(by_size):
             width = sizes[by_size[first]]
@@ -114,6 +111,13 @@ class ScoredRows:
             place = np.minimum(starts[members, None] + column, len(order) - 1)
             yield np.where(column < sizes[members, None], order[place], -1)
             first += len(members)
+
+    @cached_property
+    def _problems(self) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Rows problem by problem; how many each has; where in these they begin; problems from the largest down."""
+        order = np.argsort(self.problem, kind="stable").astype(np.int32 if self._size < 2**31 else np.int64)
+        sizes = np.bincount(self.problem, minlength=self.n_problems)
+        return order, sizes, np.cumsum(sizes) - sizes, np.argsort(-sizes, kind="stable")
 
     def batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
         """These columns from the disk, some thousand rows at a time, in order."""
