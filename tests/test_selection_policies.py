@@ -148,6 +148,10 @@ def huge_and_meddling(columns, options):
     g_hat[np.isnan(g_hat)] = 0
     return np.full(g_hat.shape, 1e308)
 
+def by_tau(columns, options):
+    assert (options.tau, options.budget) == (0.5, 2)
+    return (columns["teacher_rank"] == 0) * options.tau
+
 nothing = 3
 """
 
@@ -163,6 +167,8 @@ def test_ones_own_policy(tmp_path, monkeypatch):
         expected = {(problem, k): row["entropy"] / total for k, row in enumerate(own) if row["entropy"] > 0.5}
         found = {key: q for key, q in weights.items() if key[0] == problem}
         assert found == pytest.approx(expected, rel=1e-12)
+    by_tau = setup.weights(policy="my_policies:by_tau", tau=0.5, budget=2, teacher_order=("beta", "alpha"))
+    assert {key[1] for key in by_tau} <= {k for k in range(37) if k % 2}  # beta's
     alike = setup.weights(policy="my_policies:huge_and_meddling")
     expected = {(problem, k): pytest.approx(1 / len(own)) for problem, own in RAGGED.items() for k in range(len(own))}
     assert alike == expected

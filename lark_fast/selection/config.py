@@ -2,14 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lark_fast.errors import UserError
 from lark_fast.kernels.chi2 import TIES
 from lark_fast.selection.exporters import find_format
-from lark_fast.selection.policies import find_policy
+from lark_fast.selection.policies import RANDOM, TEACHER_RANK, find_policy
 
 SHOWN_PROBLEMS = 3
 SWEPT = ("budget", "tau", "policy", "ties", "seed")
@@ -112,7 +112,7 @@ def variants(config: SelectConfig) -> dict[str, SelectConfig]:
         UserError: a setting out of range, or settings that do not go together.
     """
     if not config.sweep:
-        _refuse_unused(config, {config.policy})
+        _refuse_unused(config, [config.policy])
         return {"": _checked(config)}
     axes: dict[str, list[Any]] = {}
     for axis in config.sweep:
@@ -131,19 +131,22 @@ def variants(config: SelectConfig) -> dict[str, SelectConfig]:
         settings = dict(zip(axes, values, strict=True))
         name = "-".join(f"{key}={value}" for key, value in settings.items()).replace("/", "_").replace(":", ".")
         found[name] = _checked(replace(config, **settings))
-    _refuse_unused(config, {variant.policy for variant in found.values()})
+    _refuse_unused(config, [variant.policy for variant in found.values()])
     return found
 
 
-def _refuse_unused(config: SelectConfig, policies: set[str]) -> None:
+def _refuse_unused(config: SelectConfig, policies: Iterable[str]) -> None:
     """UserError for what none of the policies would look at."""
-    for option, given, owners in (
-        ("--teacher-order", config.teacher_order, ("teacher",)),
-        ("--band", config.band, ("perplexity",)),
-        ("--sweep seed", any(axis.startswith("seed=") for axis in config.sweep), ("random", "perplexity")),
+    found = [find_policy(name) for name in policies]
+    columns = {column for policy in found for column in policy.columns}
+    seeds = any(axis.startswith("seed=") for axis in config.sweep)
+    for option, given, used, owner in (
+        ("--teacher-order", config.teacher_order, TEACHER_RANK in columns, "teacher"),
+        ("--band", config.band, any(policy.has_band for policy in found), "perplexity"),
+        ("--sweep seed", seeds, RANDOM in columns, "random or perplexity"),
     ):
-        if given and not (policies & {*owners} or (len(owners) > 1 and any(":" in name for name in policies))):
-            raise UserError(f"{option}: is for the policy {' or '.join(owners)} only")
+        if given and not used:
+            raise UserError(f"{option}: is for the policy {owner} only")
 
 
 def _value(axis: str, key: str, value: str) -> Any:
@@ -161,7 +164,7 @@ def _checked(config: SelectConfig) -> SelectConfig:
     policy = find_policy(config.policy)
     if config.ties not in TIES:
         raise UserError(f"--ties {config.ties}: unknown; known are {', '.join(TIES)}")
-    if config.budget is not None and config.tau is not None and config.policy != "kl":
+    if config.budget is not None and config.tau is not None and config.policy == "chi2":
         raise UserError("--budget and --tau: give one of them; a budget sets tau itself")
     if config.budget is not None and config.budget < 1:
         raise UserError(f"--budget {config.budget}: must be at least 1")

@@ -135,6 +135,5 @@ class ColumnValues:
 
 
 def _value_of(record: Record, column: str) -> Any:
-    if column in ("problem_id", "candidate_id", "teacher"):
-        return getattr(record, column) or None if column == "teacher" else getattr(record, column)
-    return record.extra.get(column)
+    own = {"problem_id": record.problem_id, "candidate_id": record.candidate_id, "teacher": record.teacher or None}
+    return own[column] if column in own else record.extra.get(column)

@@ -54,11 +54,12 @@ class PolicyOptions:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The columns that a policy looks at, what it makes of them, and whether it knows a tau."""
+    """The columns that a policy looks at, what it makes of them, and whether it knows a tau and a band."""
 
     columns: tuple[str, ...]
     weigh: Callable[[Columns, PolicyOptions], tuple[Floats, Bools]]
     has_tau: bool = False
+    has_band: bool = False
 
 
 def chi2(columns: Columns, options: PolicyOptions) -> tuple[Floats, Bools]:
@@ -112,7 +113,7 @@ POLICIES = {
     "random": lowest(RANDOM),
     "nll": lowest("nll"),  # naturalness: what the student would say itself
     "local": lowest("local_step_nll"),  # the same, step by step (LALP, arXiv 2510.03988)
-    "perplexity": Policy(("nll", RANDOM), perplexity),
+    "perplexity": Policy(("nll", RANDOM), perplexity, has_band=True),
     "entropy": highest("entropy"),  # uncertainty sampling
     "rsr": lowest("rsr"),  # Rank-Surprisal Ratio, arXiv 2601.14249
     "rho": highest("rho"),  # the learnability factor's proxy by itself
@@ -146,7 +147,9 @@ def find_policy(name: str) -> Policy:
         raise UserError(f"--policy {name}: cannot be imported ({type(error).__name__}: {error})") from error
     if not callable(weigh):
         raise UserError(f"--policy {name}: is no function")
-    return Policy(OWN_COLUMNS, lambda columns, options: _own(name, weigh, columns, options))
+    return Policy(
+        OWN_COLUMNS, lambda columns, options: _own(name, weigh, columns, options), has_tau=True, has_band=True
+    )
 
 
 def random_draws(keys: NDArray[np.uint64], seed: int) -> Floats:
@@ -191,9 +194,8 @@ def _softmax_of_perplexity(energies: Floats, target: int) -> Floats:
     """softmax(e / tau) with the tau at which exp(entropy) is ``target``, by bisection; it grows with tau."""
     valid = ~np.isnan(energies)
     count = valid.sum(axis=1, keepdims=True)
-    spread = np.nanmax(np.where(valid, energies, -np.inf), axis=1, keepdims=True, initial=-np.inf) - np.nanmin(
-        np.where(valid, energies, np.inf), axis=1, keepdims=True, initial=np.inf
-    )
+    highest = np.max(energies, axis=1, keepdims=True, initial=-np.inf, where=valid)
+    spread = highest - np.min(energies, axis=1, keepdims=True, initial=np.inf, where=valid)
     unit = np.where((count > 0) & (spread > 0), spread, 1.0)
     low, high = np.full(count.shape, -40.0), np.full(count.shape, 40.0)  # log2 of tau in units of the spread
     for _ in range(60):

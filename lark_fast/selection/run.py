@@ -23,7 +23,7 @@ from lark_fast.selection.config import SHOWN_PROBLEMS, SelectConfig, SelectionSu
 from lark_fast.selection.exporters import FORMATS, files_of
 from lark_fast.selection.first_pass import Seen, see_pool
 from lark_fast.selection.matching import Matching, RowIndex
-from lark_fast.selection.policies import PolicyOptions
+from lark_fast.selection.policies import PolicyOptions, find_policy
 from lark_fast.selection.scored_rows import ScoredRows
 from lark_fast.selection.sweep import as_markdown, comparison
 from lark_fast.selection.weighing import Weighed, constrained, needed_columns, weigh
@@ -158,7 +158,7 @@ def _weigh(
 
 def _quartiles(rows: ScoredRows, variant: SelectConfig) -> tuple[float, float]:
     """The middle half of the pool's perplexities, for the policy that has a band."""
-    if variant.policy != "perplexity":
+    if not find_policy(variant.policy).has_band:
         return 0.0, math.inf
     nll = rows.numbers["nll"][~np.isnan(rows.numbers["g_hat"])]
     return tuple(np.exp(np.quantile(nll, (0.25, 0.75))).tolist()) if len(nll) else (0.0, math.inf)

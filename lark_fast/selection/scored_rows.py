@@ -96,7 +96,7 @@ class ScoredRows:
             start += len(batch)
         raise IndexError(row)
 
-    def padded_blocks(self) -> Iterator[NDArray[np.int64]]:
+    def padded_blocks(self) -> Iterator[NDArray[np.integer]]:
         """The rows of all problems as matrices ``[N, K]`` of row numbers, a problem a line, padded with -1.
 
         Problems of similar size go together and a matrix holds about 130,000 cells, so that one problem with
