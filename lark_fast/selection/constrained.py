@@ -7,10 +7,12 @@ import numpy as np
 
 from lark_fast.errors import UserError
 from lark_fast.kernels.chi2 import chi2_weights
+from lark_fast.selection.blocks import same_size
 from lark_fast.selection.conflicts import SHOWN, conflict
 from lark_fast.selection.constraints import Constraints, Floats
 from lark_fast.selection.global_budget import GOOD, Dual, InfeasibleError, minimised, within_radius
 from lark_fast.selection.program import (
+    BLOCK_CELLS,
     Candidates,
     NotSolvedError,
     Program,
@@ -18,7 +20,6 @@ from lark_fast.selection.program import (
     chi2_of_problems,
     judged,
     pose,
-    same_size,
     smallest_tau,
     solve_with_cvxpy,
     without_dust,
@@ -126,7 +127,7 @@ def _closed_form(program: Program) -> Solution | None:
     weight = program.prior.copy()
     if program.rate.any():
         how = {"budget": program.budget} if program.tau is None else {"tau": program.tau}
-        for _, cells in same_size(program.starts, program.sizes):
+        for _, cells in same_size(program.starts, program.sizes, BLOCK_CELLS):
             prior = None if program.uniform else program.prior[cells]
             weight[cells] = chi2_weights(program.energy[cells], prior=prior, **how)
     if program.tau is not None:

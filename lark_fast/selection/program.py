@@ -17,7 +17,6 @@ m >= B has the same solution, and where there is none, q = p for every tau: then
 not count.
 """
 
-import itertools
 import math
 import warnings
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 
 from lark_fast.errors import UserError
 from lark_fast.kernels.chi2 import DEFAULT_BUDGET, TIE_SHARE_OF_SPREAD, critical_taus
+from lark_fast.selection.blocks import same_size
 from lark_fast.selection.constraints import (
     NO_VALUE,
     Bools,
@@ -247,18 +247,6 @@ def _by_problem(problem: NDArray[Any], valid: Bools) -> tuple[Ints, Ints, Ints]:
     return place, starts, np.diff(np.append(starts, len(of)))
 
 
-def same_size(starts: Ints, sizes: Ints) -> Iterator[tuple[Ints, Ints]]:
-    """Problems of one size at a time, about a block of them: (problems ``[n]``, their cells ``[n, K]``)."""
-    order = np.argsort(sizes, kind="stable")
-    bounds = np.flatnonzero(np.diff(sizes[order], prepend=-1, append=-1))
-    for first, stop in itertools.pairwise(bounds):
-        size = int(sizes[order[first]])
-        step = max(1, BLOCK_CELLS // size)
-        for start in range(first, stop, step):
-            problems = order[start : min(start + step, stop)]
-            yield problems, starts[problems, None] + np.arange(size)
-
-
 def _critical_taus(energy: Floats, prior: Floats) -> tuple[Floats, Ints]:
     """T_1 ... T_K, ``[n, K]``, with T_K infinite, and the candidates from the highest energy down.
 
@@ -274,7 +262,7 @@ def _critical_taus(energy: Floats, prior: Floats) -> tuple[Floats, Ints]:
 def _taus_of_budget(energy: Floats, prior: Floats, starts: Ints, sizes: Ints, budget: int) -> Floats:
     """tau_n, ``[N]``."""
     out = np.full(len(starts), np.inf)
-    for problems, cells in same_size(starts, sizes):
+    for problems, cells in same_size(starts, sizes, BLOCK_CELLS):
         if cells.shape[1] <= budget:
             continue
         taus = _critical_taus(energy[cells], prior[cells])[0][:, budget - 1 :]
@@ -291,7 +279,7 @@ def _tau_of_rows(
     Candidate m of a problem is in the selection when tau > T_{m-1}, so these thresholds, sorted, are all that can be.
     """
     threshold = np.empty_like(energy)
-    for _, cells in same_size(starts, sizes):
+    for _, cells in same_size(starts, sizes, BLOCK_CELLS):
         taus, order = _critical_taus(energy[cells], prior[cells])
         ranked = np.concatenate([np.zeros((len(taus), 1)), taus[:, :-1]], axis=1)
         threshold[np.take_along_axis(cells, order, axis=1)] = ranked

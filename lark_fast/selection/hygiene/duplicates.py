@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lark_fast.errors import UserError
 from lark_fast.hashing import hash_fields
 from lark_fast.pool.records import Record
+from lark_fast.selection.blocks import same_size
 from lark_fast.selection.hygiene.removals import Removal
 from lark_fast.selection.hygiene.texts import WordHashes, answer_turns, run_hashes, words
 
@@ -240,11 +241,9 @@ def _same_size_blocks(rows: NDArray[np.int64], problem: NDArray[np.int32]) -> It
     """The rows of problems of one size as matrices ``[N, K]``, K > 1, of about 65,000 cells at most."""
     starts = np.flatnonzero(np.concatenate(([True], problem[1:] != problem[:-1]))) if len(rows) else np.empty(0, int)
     sizes = np.diff(np.append(starts, len(rows)))
-    for size in np.unique(sizes[sizes > 1]):
-        of_size = starts[sizes == size]
-        at_once = max(1, _BLOCK_ROWS // int(size))
-        for first in range(0, len(of_size), at_once):
-            yield rows[of_size[first : first + at_once, None] + np.arange(size)]
+    several = sizes > 1
+    for _, cells in same_size(starts[several], sizes[several], _BLOCK_ROWS):
+        yield rows[cells]
 
 
 def _greedy(signatures: NDArray[np.uint16], needed: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
