@@ -1,11 +1,10 @@
 """``lark-fast select``: scores and a policy make weights; the pool then streams past and leaves train.jsonl."""
 
 import hashlib
-import json
 import math
 import platform
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,8 @@ from lark_fast.kernels.chi2 import DEFAULT_BUDGET
 from lark_fast.pool.reading import Pool
 from lark_fast.scoring.store import read_manifest
 from lark_fast.selection.config import SHOWN_PROBLEMS, SelectConfig, SelectionSummary, variants
-from lark_fast.selection.exporters import FORMATS, files_of
 from lark_fast.selection.first_pass import Seen, see_pool
+from lark_fast.selection.leftovers import refuse_existing, remove_leftovers
 from lark_fast.selection.matching import Matching, RowIndex
 from lark_fast.selection.policies import PolicyOptions, find_policy
 from lark_fast.selection.scored_rows import ScoredRows
@@ -66,11 +65,12 @@ def sweep(config: SelectConfig) -> tuple[dict[str, SelectionSummary], str]:
     compared = comparison(
         {name: weighed for name, (_, weighed) in found.items()}, {name: summary for name, (summary, _) in found.items()}
     )
+    tables = as_markdown(compared)
     with writing_to(config.out):
         write_json(Path(config.out) / "comparison.json", compared)
         with atomic_open(Path(config.out) / "comparison.md") as file:
-            file.write(as_markdown(compared))
-    return {name: summary for name, (summary, _) in found.items()}, as_markdown(compared)
+            file.write(tables)
+    return {name: summary for name, (summary, _) in found.items()}, tables
 
 
 def _run(config: SelectConfig) -> dict[str, tuple[SelectionSummary, Weighed]]:
@@ -80,7 +80,7 @@ def _run(config: SelectConfig) -> dict[str, tuple[SelectionSummary, Weighed]]:
     if Path(config.out).resolve().is_relative_to(Path(config.scores).resolve()):
         raise UserError(f"--out {config.out}: lies in --scores {config.scores}; give another directory")
     if not config.overwrite:
-        _refuse_existing(config, directories.values())
+        refuse_existing(config, directories.values())
     pool = Pool(config.pool) if config.pool else None
     if pool is not None:
         refuse_overlap(config.out, {"--pool": pool.inputs, "--decontaminate": map(Path, config.decontaminate)})
@@ -123,27 +123,6 @@ def _run(config: SelectConfig) -> dict[str, tuple[SelectionSummary, Weighed]]:
         return outcome
 
 
-def _refuse_existing(config: SelectConfig, directories: Iterable[Path]) -> None:
-    """UserError where a file is that would be written or removed."""
-    for directory in directories:
-        if any((directory / name).exists() for name in ("train.jsonl", "weights.parquet")):
-            raise UserError(f"--out {directory}: holds a selection already; give another directory or --overwrite")
-        for path in (*_common_files(config), *_files(directory)):
-            if path.exists():
-                raise UserError(f"--out {config.out}: holds {path} already; give another directory or --overwrite")
-
-
-def _files(directory: Path) -> list[Path]:
-    """All that a selection may have in its directory."""
-    own = [directory / name for name in ("train.jsonl", "weights.parquet", "manifest.json")]
-    return own + [path for name in FORMATS for path in files_of(name, directory)]
-
-
-def _common_files(config: SelectConfig) -> list[Path]:
-    """What the selections of a run share."""
-    return [Path(config.out, name) for name in ("removed.jsonl", "comparison.json", "comparison.md")]
-
-
 def _weigh(
     variant: SelectConfig, rows: ScoredRows, constraints: "Constraints | None", seen: Seen
 ) -> tuple[Weighed, "ConstrainedWeights | None"]:
@@ -181,7 +160,7 @@ def _write(
             for row, record in matching.pairs(pool, "selecting"):
                 files.write(row, record)
             matching.refuse_another_pool()
-            _remove_leftovers(config, selections)
+            remove_leftovers(config, selections)
         told = {
             "pool_records": matching.records,
             "never_scored": matching.never_scored,
@@ -190,38 +169,9 @@ def _write(
         }
         notes = {directory: files.notes(directory) for directory in selections}
     else:
-        _remove_leftovers(config, selections)
+        remove_leftovers(config, selections)
     write_weights(rows, selections)
     return told, notes
-
-
-def _remove_leftovers(config: SelectConfig, selections: Mapping[Path, Weighed]) -> None:
-    """Remove what earlier selections left and these do not write again; old manifests speak of other files."""
-    earlier = {Path(config.out, name) for name in _swept_names(Path(config.out, "comparison.json"))}
-    stale = [path for directory in {Path(config.out), *earlier} - selections.keys() for path in _files(directory)]
-    stale += [path for path in _common_files(config) if not (config.filters and path.name == "removed.jsonl")]
-    for directory, weighed in selections.items():
-        kept = {"weights.parquet", *(["train.jsonl"] if config.pool else [])}
-        exported = config.export if len(weighed.rows) else ()
-        written = {directory / name for name in kept} | {
-            path for name in exported for path in files_of(name, directory)
-        }
-        stale += [path for path in _files(directory) if path not in written]
-    for path in stale:
-        path.unlink(missing_ok=True)
-    emptied = {path.parent for path in stale} - {Path(config.out), *selections}
-    for directory in sorted(emptied, key=lambda path: len(path.parts), reverse=True):
-        with suppress(OSError):  # not empty, or never there
-            directory.rmdir()
-
-
-def _swept_names(path: Path) -> list[str]:
-    """The selections that an earlier sweep left, by the comparison that it wrote."""
-    try:
-        names = list(json.loads(path.read_text(encoding="utf-8"))["selections"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    return [name for name in names if Path(name).name == name]
 
 
 def _summary(out: Path, rows: ScoredRows, weighed: Weighed, facts: dict[str, Any]) -> SelectionSummary:
