@@ -188,32 +188,6 @@ def test_ones_own_policy(tmp_path, monkeypatch):
             setup.select(policy=name)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"policy": "teacher"}, "--policy teacher: needs --teacher-order"),
-        ({"teacher_order": ("alpha",)}, "--teacher-order: is for the policy teacher only"),
-        ({"band": (1.0, 2.0)}, "--band: is for the policy perplexity only"),
-        ({"policy": "perplexity", "band": (3.0, 2.0)}, "--band 3:2: LOW:HIGH are finite"),
-        ({"policy": "perplexity", "band": (NAN, 2.0)}, "--band nan:2"),
-        ({"policy": "entropy", "tau": 1.0}, "--tau: only the policies chi2 and kl"),
-        ({"policy": "kl", "tau": -1.0}, "--tau -1.0: must be"),
-        ({"near_duplicate_threshold": 0.0}, "--near-duplicate-threshold 0.0"),
-        ({"near_duplicate_threshold": 0.9, "near_duplicates": "exact"}, "is for --near-duplicates minhash only"),
-        ({"ngram": 0}, "--ngram 0"),
-        ({"ngram": 8}, "--ngram: is for --decontaminate only"),
-        ({"pool": (), "where": ("correct",)}, "give --pool too"),
-        ({"constraints": "c.yaml", "policy": "topb"}, "--constraints: are for the policy chi2"),
-    ],
-)
-def test_settings_that_do_not_go_together(tmp_path, settings, message):
-    setup = Setup(tmp_path, {1: [1.0, 2.0]})
-    with pytest.raises(UserError) as caught:
-        setup.select(**settings)
-    assert message in str(caught.value)
-    assert not setup.out.exists()
-
-
 def test_every_policy_has_a_rule_here(tmp_path):
     """A policy by a name of its own is tested above; this is for the one that is added."""
     setup = Setup(tmp_path, RAGGED)
