@@ -7,7 +7,7 @@ import sys
 def main() -> None:
     """Run the command line and end the process with the documented exit codes."""
     try:
-        from lark_fast.cli import app
+        from lark_fast.cli.app import app
         from lark_fast.errors import UserError
     except KeyboardInterrupt:  # nobody to answer it is there yet
         sys.exit(130)

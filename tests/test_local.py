@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from typer.testing import CliRunner
 
 from lark_fast import Scorer
-from lark_fast.cli import app
+from lark_fast.cli.app import app
 from lark_fast.errors import UserError
 from lark_fast.pool.records import normalise
 from lark_fast.rendering.renderer import Renderer, RenderOptions

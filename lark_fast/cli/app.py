@@ -1,0 +1,39 @@
+"""The ``lark-fast`` program and its commands."""
+
+from typing import Annotated
+
+import typer
+
+from lark_fast.cli.looking import demo, inspect
+from lark_fast.cli.scoring import score
+from lark_fast.cli.selection import select
+from lark_fast.cli.training import train
+
+app = typer.Typer(
+    name="lark-fast",
+    help="Score a pool of reasoning trajectories by how fast a student can learn them, select, and train.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from lark_fast import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+for command in (score, select, train, inspect, demo):
+    app.command()(command)

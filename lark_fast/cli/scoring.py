@@ -1,0 +1,105 @@
+"""``lark-fast score``."""
+
+import json
+import sys
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from lark_fast.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    LastTurnOption,
+    Long,
+    LongOption,
+    MaxLengthOption,
+    OverwriteOption,
+    PoolOption,
+    RemoteCodeOption,
+    Render,
+    RenderOption,
+    Span,
+    SpanOption,
+    StudentOption,
+    System,
+    SystemOption,
+    TemplateOption,
+    number_or_auto,
+    read_template,
+    render_options,
+)
+
+
+class Export(StrEnum):
+    """Formats of other programs."""
+
+    lark_json = "lark-json"
+
+
+def score(
+    pool: PoolOption,
+    student: StudentOption,
+    out: Annotated[str, typer.Option(help="Directory of the scores; the same command again goes on where it stopped.")],
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Brier score over the k largest logits (the paper: 50). Default: exact.")
+    ] = None,
+    max_length: MaxLengthOption = 32768,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    span: SpanOption = Span.turn,
+    render: RenderOption = Render.template,
+    system: SystemOption = System.keep,
+    chat_template: TemplateOption = None,
+    last_turn_only: LastTurnOption = False,
+    long: LongOption = Long.truncate,
+    tokens_per_batch: Annotated[str, typer.Option(help="Tokens of one forward pass, or auto: what fits.")] = "auto",
+    workers: Annotated[str, typer.Option(help="Processes that read and tokenise, or auto.")] = "auto",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the student's layers first: faster on long runs.")
+    ] = False,
+    local_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Also score each step with only K preceding ones as context (LALP): local_nll."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first N records.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what a run would take; write nothing.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop with exit code 2 at the first reject.")] = False,
+    overwrite: OverwriteOption = False,
+    per_token: Annotated[bool, typer.Option("--per-token", help="Also store every token's statistics.")] = False,
+    export: Annotated[Export | None, typer.Option(help="Also write the scores in this format.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Sum up as one JSON object on stdout.")] = False,
+    trust_remote_code: RemoteCodeOption = False,
+) -> None:
+    """One forward pass over every trajectory of a pool: nll, Brier score, entropy, rank, rho and g_hat."""
+    from lark_fast.scoring.run import ScoreConfig, score_pool
+
+    config = ScoreConfig(
+        pool=tuple(pool),
+        student=student,
+        out=out,
+        top_k=top_k,
+        dtype=dtype,
+        device=device,
+        options=render_options(span, render, system, last_turn_only, long, max_length),
+        chat_template=read_template(chat_template),
+        tokens_per_batch=number_or_auto(tokens_per_batch, "--tokens-per-batch", at_least=1),
+        workers=number_or_auto(workers, "--workers", at_least=0),
+        compile=compile,
+        local_steps=local_steps,
+        limit=limit,
+        dry_run=dry_run,
+        strict=strict,
+        overwrite=overwrite,
+        per_token=per_token,
+        export=None if export is None else export.value,
+        trust_remote_code=trust_remote_code,
+    )
+    summary = score_pool(config)
+    if as_json:
+        print(json.dumps(summary.as_json()))
+    else:
+        print("\n".join(summary.lines()), flush=True)
+    if not (summary.scored or summary.kept):
+        print("lark-fast: nothing could be scored", file=sys.stderr)
+        raise typer.Exit(3)
