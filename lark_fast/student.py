@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_TOKENS = 4
 PROBE_LENGTHS = (7, 12, 1, 5)
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name
 MAY_HOLD_A_STUDENT = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
@@ -267,7 +268,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> "PreTrainedTok
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    directory = student_files(path)
+    directory = student_files(path, or_adapter=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
         file = directory / "tokenizer.json"
@@ -291,15 +292,19 @@ def load_config(path: str, trust_remote_code: bool = False) -> "PreTrainedConfig
         raise UserError(f"{path}: its config cannot be loaded: {_one_line(error)}") from error
 
 
-def student_files(path: str) -> Path:
+def student_files(path: str, *, or_adapter: bool = False) -> Path:
     """The local directory of a student; a hub id is looked up in the cache or fetched.
+
+    Args:
+        path: a directory or hub id.
+        or_adapter: a directory may also be that of an adapter, which has no config.json.
 
     Raises:
         UserError: no such directory, and no such hub id within reach.
     """
     directory = Path(path)
     if directory.is_dir():
-        if not (directory / "config.json").is_file():
+        if not any((directory / name).is_file() for name in ("config.json", *([ADAPTER_CONFIG] if or_adapter else []))):
             raise UserError(f"{path}: no config.json there; --student takes a Transformers checkpoint")
         return directory
     if path.count("/") > 1 or path.startswith((".", "~", "/")):
@@ -316,7 +321,7 @@ def student_files(path: str) -> Path:
 
 def fingerprint(path: str) -> dict[str, str]:
     """What identifies a student: SHA-256 over the bytes of its config and weights, and of its tokenizer's files."""
-    directory = student_files(path)
+    directory = student_files(path, or_adapter=True)
     patterns = ("config.json", "*.safetensors", "adapter_*", "*.py")
     weights = sorted(file for pattern in patterns for file in directory.glob(pattern))
     words = sorted(

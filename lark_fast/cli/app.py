@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from lark_fast.cli.evaluation import compare, evaluate
 from lark_fast.cli.looking import demo, inspect
 from lark_fast.cli.scoring import score
 from lark_fast.cli.selection import select
@@ -35,5 +36,6 @@ def _common(
     pass
 
 
-for command in (score, select, train, inspect, demo):
+app.command("eval")(evaluate)
+for command in (score, select, train, compare, inspect, demo):
     app.command()(command)

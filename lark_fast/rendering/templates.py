@@ -145,6 +145,15 @@ class ChatTemplate:
         turns.append(Turn(start=start, content_end=len(text), end=len(text + frame.end_of_turn)))
         return text + frame.end_of_turn, turns
 
+    @property
+    def end_of_turn(self) -> str:
+        """What the template writes behind an assistant's content.
+
+        Raises:
+            TemplateError: it cannot even render a question and an answer.
+        """
+        return self._frame.end_of_turn
+
     def _apply(self, messages: Sequence[Message], prompt: bool) -> str:
         clock = FIXED_CLOCK if "strftime_now" in self.source else ""
         return self._tokenizer.apply_chat_template(

@@ -7,15 +7,13 @@ from typing import Any
 
 from lark_fast.errors import RejectError, UserError
 from lark_fast.pool.decoding import read_chunks
-from lark_fast.pool.reading import Pool
+from lark_fast.pool.objects import MAX_OBJECT_BYTES, decoded, read_objects
 from lark_fast.pool.splitting import Unsplit, split_lines
 
 FIELDS = ("problem", "question", "prompt", "text", "messages")
 OPTION = "--decontaminate"
 _STRUCTURED = (".jsonl", ".ndjson", ".json", ".parquet")
 _PACKED = (".gz", ".zst")
-_MAX_ITEM_BYTES = 64 << 20
-_BOM = "\ufeff"
 
 
 def read_items(path: str) -> Iterator[tuple[int, list[str]]]:
@@ -36,23 +34,17 @@ def read_items(path: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _structured_items(path: str) -> Iterator[tuple[int, list[str]]]:
-    for raw in Pool([path], max_record_bytes=_MAX_ITEM_BYTES).read_raw():
-        where = f"{OPTION} {path}:{raw.line}"
-        if isinstance(raw.content, RejectError):
-            raise UserError(f"{where}: {raw.content}")
-        item = _parsed(raw.content, where) if isinstance(raw.content, bytes) else raw.content
-        if not isinstance(item, dict):
-            raise UserError(f"{where}: an item must be a JSON object; plain text goes into a file named *.txt")
-        yield raw.line, _texts(item, where)
+    for line, item in read_objects(path, OPTION, "; plain text goes into a file named *.txt"):
+        yield line, _texts(item, f"{OPTION} {path}:{line}")
 
 
 def _plain_items(path: str) -> Iterator[tuple[int, list[str]]]:
     unsplit = Unsplit(read_chunks(Path(path), lambda size: None))
-    for line, content in split_lines(unsplit, _MAX_ITEM_BYTES):
+    for line, content in split_lines(unsplit, MAX_OBJECT_BYTES):
         where = f"{OPTION} {path}:{line}"
         if isinstance(content, RejectError):
             raise UserError(f"{where}: {content}")
-        text = _decoded(content, where)
+        text = decoded(content, where)
         if text.startswith("{") and _is_object(text):
             raise UserError(f"{where}: is JSON, but the file is read as plain text; name it *.jsonl")
         yield line, [text]
@@ -83,22 +75,6 @@ def _content(content: Any, field: str, where: str) -> str:
         if texts and all(isinstance(text, str) for text in texts):
             return "".join(texts)
     raise UserError(f"{where}: the content of a turn in {field} is not a text")
-
-
-def _decoded(content: bytes, where: str) -> str:
-    try:
-        return content.decode().removeprefix(_BOM)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start}") from None
-
-
-def _parsed(content: bytes, where: str) -> Any:
-    try:
-        return json.loads(_decoded(content, where))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: invalid JSON: {error.msg} at character {error.pos + 1} of the item") from None
-    except (RecursionError, ValueError):
-        raise UserError(f"{where}: the JSON is nested too deeply, or holds an integer of too many digits") from None
 
 
 def _is_object(text: str) -> bool:

@@ -1,0 +1,1 @@
+"""Evaluation: a model answers the problems of benchmarks, and its answers are judged and counted."""

@@ -1,0 +1,1 @@
+"""Programs that let a model answer, behind one signature: vLLM, SGLang, Transformers."""

@@ -1,0 +1,199 @@
+"""Evaluations side by side, and whether one differs from another on the same problems."""
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lark_fast.errors import UserError
+from lark_fast.evaluation.results import read_results
+from lark_fast.files import atomic_open, write_json, writing_to
+from lark_fast.intervals import paired_difference
+
+_FILES = ("comparison.md", "comparison.csv", "comparison.json")
+_COLUMNS = ("acc_1", "acc_n", "majority")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would compute
+
+
+def compare(runs: Sequence[str], out: str, *, overwrite: bool = False) -> list[str]:
+    """Make tables of several evaluations and, on the problems that both have, of their differences from the first.
+
+    Writes ``comparison.md``, ``comparison.csv`` and ``comparison.json`` into ``out``.
+
+    Args:
+        runs: directories that ``lark-fast eval`` wrote, two or more.
+        out: a directory.
+        overwrite: replace the three files.
+
+    Returns:
+        What there is to say, a line a difference.
+
+    Raises:
+        UserError: a directory is no evaluation, no problem is shared, or one has two right answers.
+    """
+    if len(runs) < 2:
+        raise UserError("compare: give two or more evaluations")
+    if len(set(runs)) < len(runs):
+        raise UserError("compare: names an evaluation twice")
+    there = [name for name in _FILES if (Path(out) / name).exists()]
+    if there and not overwrite:
+        raise UserError(f"--out {out}: has a {there[0]} already; --overwrite, or give another directory")
+    found = {run: read_results(run) for run in runs}
+    first = runs[0]
+    differences = [difference for run in runs[1:] for difference in _differences(first, run, found)]
+    rows = [row for run, (summary, _) in found.items() for row in _rows(run, summary)]
+    with writing_to(out):
+        Path(out).mkdir(parents=True, exist_ok=True)
+        write_json(Path(out) / "comparison.json", {"baseline": first, "runs": rows, "differences": differences})
+        with atomic_open(Path(out) / "comparison.csv") as file:
+            file.write(_as_csv(rows))
+        with atomic_open(Path(out) / "comparison.md") as file:
+            file.write(_as_markdown(found, rows, differences))
+    return [*map(_said, differences), f"{out}: comparison.md, comparison.csv and comparison.json"]
+
+
+def _rows(run: str, summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row a benchmark and a row a level or domain of it."""
+    for benchmark, measures in summary["benchmarks"].items():
+        for group, part in {"": measures, **measures["groups"]}.items():
+            intervals = {
+                f"{name}{suffix}": part[name][end]
+                for name in _COLUMNS
+                for end, suffix in (("mean", ""), ("low", "_low"), ("high", "_high"))
+            }
+            yield {
+                "run": run,
+                "model": summary["model"],
+                "benchmark": benchmark,
+                "group": group,
+                "problems": part["problems"],
+                "n": part["n"],
+                **intervals,
+                **{name: part[name] for name in ("unanswered", "cut", "tokens")},
+            }
+
+
+def _differences(first: str, run: str, found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    theirs, ours = (_by_problem(found[name][1]) for name in (first, run))
+    shared = [key for key in theirs if key in ours]
+    if not shared:
+        raise UserError(f"{run}: has no problem that {first} has too; compare evaluations of the same benchmark")
+    for benchmark, problem in shared:
+        golds = [lines[benchmark, problem]["gold"] for lines in (theirs, ours)]
+        if golds[0] != golds[1]:
+            raise UserError(
+                f"{run}: problem {problem!r} of {benchmark} has the answer {golds[1]!r}, in {first} {golds[0]!r}"
+            )
+    for benchmark in dict.fromkeys(benchmark for benchmark, _ in shared):
+        keys = [key for key in shared if key[0] == benchmark]
+        left_out = sum(key[0] == benchmark for key in {**theirs, **ours}) - len(keys)
+        for measure, value in (("acc_1", _accuracy), ("acc_n", _any), ("majority", _majority)):
+            several = max(len(lines[key]["correct"]) for lines in (theirs, ours) for key in keys) > 1
+            if measure != "acc_1" and not several:
+                continue
+            paired = paired_difference([value(ours[key]) for key in keys], [value(theirs[key]) for key in keys])
+            yield {
+                "run": run,
+                "baseline": first,
+                "benchmark": benchmark,
+                "measure": measure,
+                "left_out": left_out,
+                **asdict(paired),
+            }
+
+
+def _by_problem(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    return {(line["benchmark"], line["problem_id"]): line for line in lines}
+
+
+def _accuracy(line: Mapping[str, Any]) -> float:
+    return sum(line["correct"]) / len(line["correct"])
+
+
+def _any(line: Mapping[str, Any]) -> float:
+    return float(any(line["correct"]))
+
+
+def _majority(line: Mapping[str, Any]) -> float:
+    return float(line["majority"]["correct"])
+
+
+def _said(difference: Mapping[str, Any]) -> str:
+    gap = difference["difference"]
+    verdict = "cannot be told from none" if gap["low"] <= 0 <= gap["high"] else "differs"
+    left_out = f"; {difference['left_out']:,} that only one has left out" if difference["left_out"] else ""
+    runs = f"{difference['run']} minus {difference['baseline']}"
+    return (
+        f"{difference['benchmark']}, {_title(difference['measure'])}: {runs}: "
+        f"{100 * gap['mean']:+.1f} points ({100 * gap['low']:+.1f} to {100 * gap['high']:+.1f}, "
+        f"p = {difference['p_value']:.2g}) on {difference['problems']:,} problems: {verdict}{left_out}"
+    )
+
+
+def _title(measure: str) -> str:
+    return {"acc_1": "ACC@1", "acc_n": "ACC@n", "majority": "majority"}[measure]
+
+
+def _as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: _no_formula(value) for key, value in row.items()})
+    return text.getvalue()
+
+
+def _no_formula(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+
+
+def _as_markdown(
+    found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]
+) -> str:
+    """A table a measure, runs down and benchmarks across, and the differences."""
+    benchmarks = list(dict.fromkeys((row["benchmark"], row["group"]) for row in rows))
+    cells = {(row["run"], row["benchmark"], row["group"]): row for row in rows}
+    several = any(row["n"] > 1 for row in rows)
+    parts = ["# Evaluations\n"]
+    for measure in _COLUMNS if several else _COLUMNS[:1]:
+        head = ["run", *(f"{benchmark} {group}".strip() for benchmark, group in benchmarks)]
+        lines = [[run, *(_cell(cells.get((run, *benchmark)), measure) for benchmark in benchmarks)] for run in found]
+        parts += [f"## {_title(measure)}, % (95 % interval over problems)\n", _table(head, lines)]
+    head = ["", "benchmark", "measure", "points", "95 % interval", "p", "problems"]
+    lines = [
+        [
+            f"{one['run']} - {one['baseline']}",
+            one["benchmark"],
+            _title(one["measure"]),
+            f"{100 * one['difference']['mean']:+.1f}",
+            f"{100 * one['difference']['low']:+.1f} to {100 * one['difference']['high']:+.1f}",
+            f"{one['p_value']:.3g}",
+            str(one["problems"]),
+        ]
+        for one in differences
+    ]
+    parts += [
+        "## Differences on the same problems\n",
+        _table(head, lines),
+        "Intervals are bootstrapped over problems; p is that of a paired sign-flip test.\n",
+    ]
+    return "\n".join(parts)
+
+
+def _cell(row: Mapping[str, Any] | None, measure: str) -> str:
+    if row is None:
+        return ""
+    return f"{100 * row[measure]:.1f} ({100 * row[f'{measure}_low']:.1f} to {100 * row[f'{measure}_high']:.1f})"
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "".join("| " + " | ".join(_escaped(cell) for cell in row) + " |\n" for row in rows)
+
+
+def _escaped(text: str) -> str:
+    """Names that come from elsewhere, as plain text in one cell."""
+    return re.sub(r"([\\|<>`*_\[\]&])", r"\\\1", " ".join(text.split())) if text != "---" else text

@@ -1,0 +1,156 @@
+"""``lark-fast eval``: questions in; a model's answers, their verdicts and the measures out."""
+
+import hashlib
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lark_fast
+from lark_fast.errors import UserError
+from lark_fast.evaluation.backends.backend import Answer, Prompt, choose_backend, open_backend
+from lark_fast.evaluation.benchmarks import Question, read_benchmarks
+from lark_fast.evaluation.config import EvalConfig
+from lark_fast.evaluation.given import read_answers
+from lark_fast.evaluation.store import EvalStore
+from lark_fast.evaluation.summary import EvalSummary
+from lark_fast.evaluation.verdicts import judge_answers
+from lark_fast.files import refuse_overlap, writing_to
+from lark_fast.interrupts import Interrupts
+from lark_fast.lock import refuse_taken
+from lark_fast.progress import track
+
+if TYPE_CHECKING:
+    from lark_fast.evaluation.model import ModelFiles
+
+NO_ROOM = Answer(text="", tokens=0, finish="length")  # the question alone takes all of the model's positions
+
+
+def evaluate(config: EvalConfig) -> EvalSummary:
+    """Let a model answer the problems that it has not answered yet, judge all answers, and measure.
+
+    Writes ``generations.jsonl``, ``problems.jsonl``, ``summary.json`` and ``manifest.json`` into ``out``.
+
+    Raises:
+        UserError: bad input; what the model has answered stays in ``out``.
+        KeyboardInterrupt: as above.
+    """
+    if (config.model is None) == (config.answers is None):
+        raise UserError("--model and --answers: give one of them")
+    questions = read_benchmarks(
+        config.benchmarks, instruction=config.instruction, system=config.system, limit=config.limit
+    )
+    refuse_overlap(config.out, {"--benchmark": map(Path, config.benchmarks)})
+    with Interrupts():
+        if config.answers is not None:
+            return _judge_given(config, questions)
+        from lark_fast.evaluation.model import find_model
+
+        files = find_model(config.model, config.base)
+        refuse_overlap(config.out, {"--model": [Path(files.base), *([Path(files.adapter)] if files.adapter else [])]})
+        refuse_taken(config.out)
+        return _ask(config, files, questions)
+
+
+def _judge_given(config: EvalConfig, questions: Sequence[Question]) -> EvalSummary:
+    answers = read_answers(config.answers, questions)
+    n = len(next(iter(answers.values())))
+    identity = {"answers": hashlib.sha256(Path(config.answers).read_bytes()).hexdigest(), "n": n}
+    with EvalStore(config.out, identity, overwrite=config.overwrite) as store, writing_to(config.out):
+        for question in questions:
+            if store.answers(question) is None:
+                store.add(question, answers[question.benchmark, question.problem_id])
+        facts = {"model": config.answers, "settings": {"n": n}}
+        measures = judge_answers(store, questions, {}, seconds=config.judge_seconds, facts=facts)
+    return EvalSummary(out=config.out, model=config.answers, measures=measures)
+
+
+def _ask(config: EvalConfig, files: "ModelFiles", questions: Sequence[Question]) -> EvalSummary:
+    from lark_fast.evaluation.prompts import Prompter
+    from lark_fast.student import choose_device, load_config, load_tokenizer
+
+    device = str(choose_device(config.device))
+    backend = choose_backend(config.backend, device)
+    prompter = Prompter(
+        load_tokenizer(files.tokenizer, config.trust_remote_code),
+        chat_template=config.chat_template,
+        max_positions=getattr(load_config(files.base, config.trust_remote_code), "max_position_embeddings", None),
+        max_new_tokens=config.sampling.max_new_tokens,
+    )
+    prompts = [prompter(question) for question in questions]
+    settings = asdict(config.sampling) | {"backend": backend, "dtype": config.dtype}
+    identity = files.identity() | settings | {"chat_template": prompter.template.hash}
+    with EvalStore(config.out, identity, overwrite=config.overwrite) as store, writing_to(config.out):
+        missing = [place for place, question in enumerate(questions) if store.answers(question) is None]
+        started, tokens = time.monotonic(), 0
+        if missing:
+            stop_ids = prompter.stop_ids(_end_tokens(files))
+            asked = [(questions[place], prompts[place]) for place in missing]
+            tokens = _generate(config, files, backend, stop_ids, asked, store)
+            seconds = round(time.monotonic() - started, 3)
+            store.note(device=device, tokens=tokens, seconds=seconds, versions=_versions(backend))
+        facts = {"model": files.name, "settings": settings}
+        thinking = {
+            (question.benchmark, question.problem_id): prompt is not None and prompt.thinking
+            for question, prompt in zip(questions, prompts, strict=True)
+        }
+        seconds = time.monotonic() - started
+        measures = judge_answers(store, questions, thinking, seconds=config.judge_seconds, facts=facts)
+    return EvalSummary(
+        out=config.out,
+        model=files.name,
+        measures=measures,
+        kept=len(questions) - len(missing),
+        tokens=tokens,
+        seconds=seconds,
+    )
+
+
+def _generate(
+    config: EvalConfig,
+    files: "ModelFiles",
+    backend: str,
+    stop_ids: Sequence[int],
+    asked: Sequence[tuple[Question, Prompt | None]],
+    store: EvalStore,
+) -> int:
+    """Have the missing answers written; returns how many tokens that took."""
+    for question, prompt in asked:
+        if prompt is None:
+            store.add(question, [NO_ROOM] * config.sampling.n)
+    asked = [(question, prompt) for question, prompt in asked if prompt is not None]
+    if not asked:
+        return 0
+    model = open_backend(backend, config, files, stop_ids)
+    tokens, started = 0, time.monotonic()
+    with track("answering", len(asked)) as progress:
+        answered = model.generate([prompt for _, prompt in asked], config.sampling)
+        for done, (place, answers) in enumerate(answered, 1):
+            store.add(asked[place][0], answers)
+            tokens += sum(answer.tokens for answer in answers)
+            rate = tokens / max(time.monotonic() - started, 1e-9)
+            progress.update(done, f"{done:,} of {len(asked):,} problems, {rate:,.0f} tokens/s")
+    return tokens
+
+
+def _end_tokens(files: "ModelFiles") -> list[int]:
+    """What the checkpoint's generation_config.json says ends a text; of that file nothing else counts."""
+    from transformers import GenerationConfig
+
+    from lark_fast.student import student_files
+
+    try:
+        ends = GenerationConfig.from_pretrained(student_files(files.base)).eos_token_id
+    except OSError:
+        return []
+    return list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+def _versions(backend: str) -> dict[str, str]:
+    packages = dict.fromkeys(("torch", "transformers", backend, "math-verify"))
+    return {"lark_fast": lark_fast.__version__, "python": platform.python_version()} | {
+        name: version(name) for name in packages
+    }
