@@ -6,6 +6,7 @@ import typer
 
 from lark_fast.cli.evaluation import compare, evaluate
 from lark_fast.cli.looking import demo, inspect
+from lark_fast.cli.reporting import report
 from lark_fast.cli.scoring import score
 from lark_fast.cli.selection import select
 from lark_fast.cli.training import train
@@ -37,5 +38,5 @@ def _common(
 
 
 app.command("eval")(evaluate)
-for command in (score, select, train, compare, inspect, demo):
+for command in (score, select, train, compare, report, inspect, demo):
     app.command()(command)

@@ -71,15 +71,15 @@ def inspect_record(record: Record, renderer: Renderer, console: "Console") -> No
         return
     cut = ", truncated" if rendered.truncated else ""
     show(f"{len(rendered.input_ids)} tokens, {rendered.n_scored} of them scored{cut}")
-    pieces = _pieces(rendered, renderer)
+    texts = pieces(rendered, renderer)
     if console.color_system is None or console.no_color:
-        for line in _plain_lines(rendered, pieces):
+        for line in _plain_lines(rendered, texts):
             show(line)
     else:
-        show(_coloured(rendered, pieces))
+        show(_coloured(rendered, texts))
 
 
-def _pieces(rendered: Rendered, renderer: Renderer) -> list[str]:
+def pieces(rendered: Rendered, renderer: Renderer) -> list[str]:
     """The text of each token; they join to the text that was read, where there is a text."""
     ids = rendered.input_ids
     offsets = renderer.tokenise(rendered.text)[1] if rendered.text else None

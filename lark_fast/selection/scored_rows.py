@@ -68,16 +68,11 @@ class ScoredRows:
     @cached_property
     def keys(self) -> NDArray[np.uint64]:
         """``[R]`` hashes of (problem_id, candidate_id), see ``key_hash``; read from the disk when first asked for."""
-        of_problem = _hashes(self._problem_names)[self.problem]
         of_candidate, start = np.empty(self._size, dtype=np.uint64), 0
         for batch in self.batches("candidate_id"):
-            # Most pools number their candidates: few distinct names, each hashed once a batch.
-            names = batch["candidate_id"].dictionary_encode()
-            of_candidate[start : start + len(batch)] = _hashes(names.dictionary)[names.indices.to_numpy()]
+            of_candidate[start : start + len(batch)] = _hashes_of_few(batch["candidate_id"])
             start += len(batch)
-        of_problem *= np.uint64(_KEY_FACTOR)
-        of_problem += of_candidate
-        return of_problem
+        return _joined(_hashes(self._problem_names)[self.problem], of_candidate)
 
     def contents(self) -> NDArray[np.void]:
         """``[R]`` content hashes, 16 bytes each, read from the disk."""
@@ -155,7 +150,7 @@ def _check_column(part: Path, schema: pa.Schema, name: str) -> None:
     elif name == "n_tokens":
         fits = pa.types.is_integer(kind)
     else:
-        fits = pa.types.is_floating(kind) or pa.types.is_integer(kind) or name == "content_hash"
+        fits = pa.types.is_floating(kind) or pa.types.is_integer(kind) or name.endswith("_hash")
     if not fits:
         raise UserError(f"{part}: column {name} is {kind}; {_remedy(name)}")
 
@@ -164,6 +159,23 @@ def key_hash(key: tuple[str, str]) -> int:
     """64 bits for (problem_id, candidate_id), from 64 of each."""
     problem, candidate = map(_hash, key)
     return (problem * _KEY_FACTOR + candidate) % 2**64
+
+
+def key_hashes(problem: pa.Array, candidate: pa.Array) -> NDArray[np.uint64]:
+    """``key_hash`` of many: ``[R]`` for two arrays of R strings."""
+    return _joined(_hashes_of_few(problem), _hashes_of_few(candidate))
+
+
+def _joined(of_problem: NDArray[np.uint64], of_candidate: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    of_problem *= np.uint64(_KEY_FACTOR)
+    of_problem += of_candidate
+    return of_problem
+
+
+def _hashes_of_few(texts: pa.Array) -> NDArray[np.uint64]:
+    """Most pools number their candidates: few distinct names, each hashed once."""
+    names = texts.dictionary_encode()
+    return _hashes(names.dictionary)[names.indices.to_numpy()]
 
 
 def _hash(text: str) -> int:

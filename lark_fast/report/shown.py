@@ -1,0 +1,278 @@
+"""A few problems from nearest by: their candidates, why some were chosen, and their texts token by token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from lark_fast.errors import RejectError, UserError
+from lark_fast.pool.reading import Pool
+from lark_fast.pool.records import NOT_SCORED, Record
+from lark_fast.rendering.inspection import pieces
+from lark_fast.rendering.renderer import Renderer, RenderOptions
+from lark_fast.scoring.parts import part_files
+from lark_fast.selection.matching import Matching, RowIndex
+
+if TYPE_CHECKING:
+    from lark_fast.report.sources import Scores, Selection
+
+_TEXT_BUDGET = 1_200_000  # characters of all texts together
+_TOKEN_BUDGET = 28_000  # tokens that have a colour of their own
+_MOST_CANDIDATES = 16  # of a problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """A piece of a text and the student's nll of it, NaN where it is not known."""
+
+    text: str
+    nll: float
+    rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A trajectory of a problem.
+
+    Attributes:
+        weight: None without a selection.
+        removed: the filter that took it out of the selection, "" where none did.
+        text: what the assistant says, as it is shown; None where the pool is not at hand.
+        tokens: the same by tokens; () where their nll is not known.
+        cut: characters, or tokens, that were left out in the middle.
+    """
+
+    row: int
+    candidate_id: str
+    teacher: str
+    n_tokens: int
+    nll: float
+    brier: float
+    rho: float
+    g_hat: float
+    weight: float | None
+    removed: str = ""
+    text: str | None = None
+    tokens: tuple[Token, ...] = ()
+    cut: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """A problem and its candidates, the most learnable first.
+
+    Attributes:
+        question: None where the pool is not at hand.
+        left_out: candidates that are not shown.
+        threshold: the g_hat above which weight begins, None where no such line was drawn.
+    """
+
+    problem_id: str
+    question: str | None
+    candidates: tuple[Candidate, ...]
+    left_out: int
+    effective_size: float | None
+    threshold: float | None
+
+
+def choose(scores: "Scores", selection: "Selection | None", count: int) -> list[Problem]:
+    """Problems from all over the range: in order of how far apart their candidates' g_hat are, evenly spaced."""
+    rows = scores.rows
+    order = np.argsort(rows.problem, kind="stable")
+    sizes = np.bincount(rows.problem, minlength=rows.n_problems)
+    starts = np.cumsum(sizes) - sizes
+    g_hat = np.where(np.isfinite(scores.column("g_hat")), scores.column("g_hat"), np.nan)[order]
+    with np.errstate(all="ignore"):
+        spread = np.fmax.reduceat(g_hat, starts) - np.fmin.reduceat(g_hat, starts)
+    several = np.flatnonzero((sizes > 1) & np.isfinite(spread))
+    usable = several if len(several) else np.arange(rows.n_problems)
+    ranked = usable[np.argsort(-spread[usable], kind="stable")]
+    places = np.unique(np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int))
+    members = {}
+    for problem in ranked[places].tolist():
+        of_problem = order[starts[problem] : starts[problem] + sizes[problem]]
+        own = scores.column("g_hat")[of_problem]
+        members[problem] = of_problem[np.argsort(np.where(np.isfinite(own), -own, np.inf), kind="stable")]
+    names = _candidate_ids(scores, {int(row) for rows in members.values() for row in rows[:_MOST_CANDIDATES]})
+    return [_problem(scores, selection, problem, rows, names) for problem, rows in members.items()]
+
+
+def _candidate_ids(scores: "Scores", rows: set[int]) -> dict[int, str]:
+    """By row; one pass over the scores."""
+    found, start = {}, 0
+    for batch in scores.rows.batches("candidate_id"):
+        for row in rows.intersection(range(start, start + len(batch))):
+            found[row] = batch["candidate_id"][row - start].as_py()
+        start += len(batch)
+    return found
+
+
+def _problem(
+    scores: "Scores",
+    selection: "Selection | None",
+    problem: int,
+    ranked: NDArray[np.integer],
+    names: dict[int, str],
+) -> Problem:
+    weight = None if selection is None else selection.weight
+    shown = [
+        Candidate(
+            row=int(row),
+            candidate_id=names[int(row)],
+            teacher=scores.rows.teachers[scores.rows.teacher[row]],
+            n_tokens=int(scores.rows.n_tokens[row]),
+            nll=float(scores.column("nll")[row]),
+            brier=float(scores.column(scores.brier)[row]),
+            rho=float(scores.column("rho")[row]),
+            g_hat=float(scores.column("g_hat")[row]),
+            weight=None if weight is None else float(weight[row]),
+            removed="" if selection is None else selection.removed_rows.get(int(row), ""),
+        )
+        for row in ranked[:_MOST_CANDIDATES]
+    ]
+    return Problem(
+        problem_id=scores.rows.problem_name(problem),
+        question=None,
+        candidates=tuple(shown),
+        left_out=len(ranked) - len(shown),
+        effective_size=None if weight is None else _effective(weight[ranked]),
+        threshold=None if selection is None else _threshold(selection, scores.column("g_hat")[ranked]),
+    )
+
+
+def _effective(weights: NDArray[np.float64]) -> float:
+    squares = float(np.square(weights).sum())
+    return float(weights.sum()) ** 2 / squares if squares else 0.0
+
+
+def _threshold(selection: "Selection", g_hat: NDArray[np.float64]) -> float | None:
+    """nu of a plain chi2 selection with a budget: the first g_hat that gets no weight (SPEC 3: e_{B+1})."""
+    config = selection.manifest.get("config", {})
+    budget = config.get("budget")
+    plain = config.get("policy") == "chi2" and not config.get("constraints") and not selection.removed
+    ranked = g_hat[np.isfinite(g_hat)]
+    return float(ranked[budget]) if plain and budget and len(ranked) > budget else None
+
+
+def add_texts(problems: Sequence[Problem], scores: "Scores", pool: Pool) -> tuple[list[Problem], dict[int, Record]]:
+    """The problems with what was asked and answered, and the records by row; the pool passes once.
+
+    Raises:
+        UserError: it is not the pool that was scored.
+    """
+    wanted = {candidate.row for problem in problems for candidate in problem.candidates}
+    records: dict[int, Record] = {}
+    matching = Matching(RowIndex(scores.rows))
+    for row, record in matching.pairs(pool, "reading the pool"):
+        if row in wanted:
+            records[row] = record
+    if not wanted <= records.keys():
+        matching.refuse_another_pool()
+    budget = _TEXT_BUDGET // max(1, len(wanted))
+    found = []
+    for problem in problems:
+        candidates = []
+        for candidate in problem.candidates:
+            text, cut = _middle_left_out(_said(records[candidate.row]), budget)
+            candidates.append(replace(candidate, text=text, cut=cut))
+        first = records[problem.candidates[0].row]
+        question, _ = _middle_left_out(_asked(first), 4_000)
+        found.append(replace(problem, question=question, candidates=tuple(candidates)))
+    return found, records
+
+
+def _said(record: Record) -> str:
+    return "\n\n".join(m["content"] for m in record.messages or () if m["role"] == "assistant")
+
+
+def _asked(record: Record) -> str:
+    return "\n\n".join(m["content"] for m in record.messages or () if m["role"] == "user")
+
+
+def _middle_left_out(text: str, budget: int) -> tuple[str, int]:
+    """(text, characters left out)."""
+    if len(text) <= budget:
+        return text, 0
+    half = budget // 2
+    return f"{text[:half]}\n[...]\n{text[-half:]}", len(text) - 2 * half
+
+
+def add_tokens(
+    problems: Sequence[Problem], scores: "Scores", records: dict[int, Record], student: str, *, rescore: bool
+) -> list[Problem]:
+    """The problems with the nll of every scored token.
+
+    Args:
+        problems: with texts.
+        scores: whose ``token_nll`` is taken, where it has any.
+        records: by row.
+        student: directory or hub id of the student that was scored; its tokenizer alone where the scores have tokens.
+        rescore: load the student and score once more where they have none.
+
+    Raises:
+        UserError: the student cannot be loaded, or another one was scored.
+    """
+    from lark_fast.student import fingerprint, load_config, load_student, load_tokenizer
+
+    identity = scores.manifest["identity"]
+    if fingerprint(student)["tokenizer"] != identity["tokenizer"]:
+        raise UserError(f"--student {student}: has another tokenizer than the student that was scored")
+    options = RenderOptions(**{name: identity[name] for name in RenderOptions.__dataclass_fields__})
+    stored = _stored_tokens(scores, set(records)) if identity["per_token"] else {}
+    scorer = None
+    if not stored:
+        if not rescore:
+            return list(problems)
+        from lark_fast.scoring.scorer import Scorer
+
+        scorer = Scorer(load_student(student, dtype=identity["dtype"]), options=options)
+    tokenizer = load_tokenizer(student) if scorer is None else scorer.tokenizer
+    renderer = Renderer(tokenizer, options, vocab_size=load_config(student).vocab_size)
+    budget = _TOKEN_BUDGET // max(1, len(records))
+    found = []
+    for problem in problems:
+        candidates = []
+        for candidate in problem.candidates:
+            tokens = _tokens(records[candidate.row], renderer, stored.get(candidate.row), scorer)
+            half = max(20, budget // 2)
+            cut = max(0, len(tokens) - 2 * half)
+            if cut:
+                gap = Token(text=f"\n[... {cut:,} tokens ...]\n", nll=float("nan"))
+                tokens = [*tokens[:half], gap, *tokens[-half:]]
+            candidates.append(replace(candidate, tokens=tuple(tokens), cut=cut or candidate.cut))
+        found.append(replace(problem, candidates=tuple(candidates)))
+    return found
+
+
+def _stored_tokens(scores: "Scores", rows: set[int]) -> dict[int, tuple[Sequence[float], Sequence[int]]]:
+    """(nll, rank) of every scored token, by row."""
+    found, start = {}, 0
+    for part in part_files(scores.directory):
+        for batch in pq.ParquetFile(part).iter_batches(columns=["token_nll", "token_rank"], batch_size=1 << 10):
+            for row in rows.intersection(range(start, start + len(batch))):
+                place = row - start
+                found[row] = (batch["token_nll"][place].as_py(), batch["token_rank"][place].as_py())
+            start += len(batch)
+    return found
+
+
+def _tokens(record: Record, renderer: Renderer, stored: tuple | None, scorer: object | None) -> list[Token]:
+    """The scored tokens; none where the record can no longer be rendered."""
+    try:
+        rendered = renderer(record)
+    except RejectError:
+        return []
+    scored = [place for place, label in enumerate(rendered.labels) if label != NOT_SCORED]
+    if stored is None:
+        stats = scorer.score_tokens(rendered.input_ids, rendered.labels)
+        stored = (stats.nll.tolist(), stats.rank.tolist())
+    texts = pieces(rendered, renderer)
+    if len(stored[0]) != len(scored):
+        return []
+    return [
+        Token(text=texts[place], nll=float(nll), rank=int(rank))
+        for place, nll, rank in zip(scored, *stored, strict=True)
+    ]
