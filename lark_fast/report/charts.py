@@ -36,7 +36,7 @@ def teacher_shares(scores: "Scores", selection: "Selection") -> alt.Chart:
         for place, name in enumerate(names)
     ]
     return (
-        _chart(values, height=alt.Step(11))
+        _chart(values, height=28 * len(names))
         .mark_bar(cornerRadiusEnd=2)
         .encode(
             y=alt.Y("teacher:N", sort=names, title=None, axis=alt.Axis(labelLimit=170)),
@@ -61,7 +61,7 @@ def by_teacher(scores: "Scores", column: str, title: str) -> alt.LayerChart:
                 {"teacher": name, "count": len(of_teacher)}
                 | dict(zip(("p5", "p25", "p50", "p75", "p95"), map(float, cut), strict=True))
             )
-    base = _chart(rows, height=alt.Step(17)).encode(
+    base = _chart(rows, height=22 * max(1, len(rows))).encode(
         y=alt.Y("teacher:N", sort=names, title=None, axis=alt.Axis(labelLimit=170)),
         tooltip=["teacher:N", alt.Tooltip("count:Q", format=",")]
         + [alt.Tooltip(f"{name}:Q", format=".4g") for name in ("p5", "p25", "p50", "p75", "p95")],
@@ -101,7 +101,7 @@ def learnability_by_length(scores: "Scores") -> alt.LayerChart:
                     "count": len(part),
                 }
             )
-    base = _chart(values).encode(
+    base = _chart(values, height=280).encode(
         x=alt.X("tokens:Q", title="scored tokens", scale=alt.Scale(type="log", nice=False)),
         tooltip=[alt.Tooltip("tokens:Q", format=",.0f"), *_tooltips("low", "g_hat", "high"), "count:Q"],
     )
@@ -190,7 +190,7 @@ def accuracies(rows: Sequence[Mapping[str, Any]]) -> alt.LayerChart:
         for row in rows
     ]
     labels = list(dict.fromkeys(value["label"] for value in values))
-    base = _chart(values, height=alt.Step(22)).encode(
+    base = _chart(values, height=24 * max(1, len(values))).encode(
         y=alt.Y("label:N", sort=labels, title=None, axis=alt.Axis(labelLimit=200)),
         yOffset=alt.YOffset("run:N", sort=None),
         color=alt.Color("run:N", sort=None, legend=_legend()),
@@ -215,7 +215,7 @@ def grouped_teachers(scores: "Scores") -> tuple[NDArray[np.int64], list[str]]:
     return place[scores.rows.teacher], names
 
 
-def _chart(values: Sequence[Mapping[str, Any]], height: Any = 220) -> alt.Chart:
+def _chart(values: Sequence[Mapping[str, Any]], height: int = 220) -> alt.Chart:
     return alt.Chart(alt.InlineData(values=list(values)), width="container", height=height)
 
 

@@ -78,7 +78,7 @@ def specification(figure: Figure) -> dict[str, Any]:
     """The figure as Vega-Lite JSON."""
     chart = figure.chart.to_dict()
     chart.pop("config", None)  # colours of lines and text are the page's
-    return chart | {"autosize": {"type": "fit-x", "contains": "padding"}}
+    return chart
 
 
 def _embedded(value: Any) -> str:
