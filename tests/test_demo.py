@@ -24,6 +24,7 @@ def test_the_whole_path(tmp_path):
         assert all(math.isfinite(loss) for loss in (*outcome.training, *outcome.held_out))
         assert (tmp_path / "demo" / f"checkpoint-{outcome.policy}" / "model.safetensors").exists()
     assert (tmp_path / "demo" / "gain.png").read_bytes().startswith(b"\x89PNG")
+    assert 'class="text heat"' in (tmp_path / "demo" / "report.html").read_text()
 
 
 def test_it_never_writes_into_something_else(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -110,16 +111,44 @@ def run_demo(out: Path, *, seed: int = 0, scale: float = 1.0) -> Result:
     console.print(result_table(result))
     console.print(Text(conclusion(result)))
     drawn = "gain.png, " if draw_gain(result, out / "gain.png") else ""
+    reported = _report(pools["pool"], student, out)
     console.print(
         Text(f"{time.monotonic() - started:.0f} s. In {out}: {drawn}pool.jsonl, scores-*, selection-*, checkpoint-*")
     )
+    if reported is not None:
+        console.print(Text(f"What was scored and selected, to look at: {reported}"))
     return result
+
+
+def _report(pool: Path, student: Path, out: Path) -> Path | None:
+    """The report on the first policy's selection; None, and a line that says so, where it cannot be drawn."""
+    from lark_fast.report.run import ReportConfig, make_report
+
+    first, path = next(iter(POLICIES)), out / "report.html"
+    try:
+        make_report(
+            ReportConfig(
+                scores=str(out / "scores-pool"),
+                selection=str(out / f"selection-{first}" / "pool"),
+                pool=(str(pool),),
+                student=str(student),
+                checkpoints=tuple(str(out / f"checkpoint-{policy}") for policy in POLICIES),
+                out=str(path),
+                overwrite=True,
+            )
+        )
+    except UserError as error:
+        print(f"lark-fast: no report: {error}", file=sys.stderr)
+        return None
+    return path
 
 
 def _score(pool: Path, student: Path, out: Path) -> Any:
     from lark_fast.scoring.run import ScoreConfig, score_pool
 
-    config = ScoreConfig(pool=(str(pool),), student=str(student), out=str(out), dtype="float32", overwrite=True)
+    config = ScoreConfig(
+        pool=(str(pool),), student=str(student), out=str(out), dtype="float32", per_token=True, overwrite=True
+    )
     return score_pool(config)
 
 
