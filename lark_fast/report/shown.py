@@ -221,7 +221,7 @@ def add_tokens(
     if fingerprint(student)["tokenizer"] != identity["tokenizer"]:
         raise UserError(f"--student {student}: has another tokenizer than the student that was scored")
     options = RenderOptions(**{name: identity[name] for name in RenderOptions.__dataclass_fields__})
-    stored = _stored_tokens(scores, set(records)) if identity["per_token"] else {}
+    stored = _stored_tokens(scores, set(records)) if identity.get("per_token") else {}
     scorer = None
     if not stored:
         if not rescore:
@@ -229,8 +229,10 @@ def add_tokens(
         from lark_fast.scoring.scorer import Scorer
 
         scorer = Scorer(load_student(student, dtype=identity["dtype"]), options=options)
-    tokenizer = load_tokenizer(student) if scorer is None else scorer.tokenizer
-    renderer = Renderer(tokenizer, options, vocab_size=load_config(student).vocab_size)
+    if scorer is None:
+        renderer = Renderer(load_tokenizer(student), options, vocab_size=load_config(student).vocab_size)
+    else:
+        renderer = scorer.renderer
     budget = _TOKEN_BUDGET // max(1, len(records))
     found = []
     for problem in problems:
