@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig
+from transformers.generation import TopPLogitsWarper
 
 from lark_fast.errors import UserError
 from lark_fast.evaluation.backends.backend import Prompt, choose_backend
-from lark_fast.evaluation.backends.gumbel import GumbelNoise
+from lark_fast.evaluation.backends.draws import GumbelNoise, TopP
 from lark_fast.evaluation.backends.seeds import stream
 from lark_fast.evaluation.backends.transformers import TransformersBackend, _draw, _Row, _Watch
 from lark_fast.evaluation.config import Sampling
@@ -104,6 +105,15 @@ def test_temperature_and_top_p_come_before_the_draw():
     draw = _draw([row], Sampling(n=2, temperature=0.5, top_p=0.65))
     assert torch.isinf(draw(None, logits)[0, 1:]).all()
     assert len(_draw([row], Sampling())) == 0
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.95, 0.9999])
+def test_top_p_keeps_what_transformers_keeps(top_p):
+    scale = torch.tensor([[0.0], [0.01], [1.0], [5.0], [60.0]])  # flat rows need more than the likeliest few
+    logits = scale * torch.randn(5, 3000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logits[0] = -torch.arange(3000) * 1e-5
+    expected = TopPLogitsWarper(top_p)(None, logits.clone())
+    torch.testing.assert_close(TopP(top_p)(None, logits), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_killed_and_gone_on_with(directory, forks, tmp_path):
     ]
     assert by_problem[0] == by_problem[1]
     assert (out / "problems.jsonl").read_bytes() == (tmp_path / "whole/problems.jsonl").read_bytes()
-    assert summary(out)["samples"] == 3
+    assert summary(out)["n"] == 3
 
 
 def test_an_adapter(directory, forks, tmp_path):
@@ -182,19 +182,19 @@ def test_an_adapter(directory, forks, tmp_path):
 
 
 def test_answers_made_elsewhere(directory, forks, tmp_path):
-    answers = write_jsonl(
-        tmp_path / "answers.jsonl",
-        [{"problem_id": str(place), "text": f"A: {a + b}"} for place, (a, b) in enumerate(PROBLEMS)] * 2,
-    )
+    answers = tmp_path / "answers.jsonl"
+    once = [{"problem_id": str(place), "text": f"so\u2028A: {a + b}"} for place, (a, b) in enumerate(PROBLEMS)]
+    # The line separator as it is, which ends no line of JSONL.
+    answers.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in once * 2))
     given = ("eval", "--answers", answers, "--benchmark", directory / "sums.jsonl", "--out", tmp_path / "e")
     run = forks.run(*given)
     assert "ACC@1 100.0 %" in run.stdout
-    assert summary(tmp_path / "e")["samples"] == 2
+    assert summary(tmp_path / "e")["n"] == 2
     for text, said in [
         ('{"problem_id": "0", "text": "A: 6"}\n', "lacks 7 of 8"),
         ('{"problem_id": "77", "text": "A: 6"}\n', "answers.jsonl:1"),
         ('{"problem_id": "0"}\n', "answers.jsonl:1: holds no answer"),
-        ("not JSON\n", "answers.jsonl:1: is no JSON"),
+        ("not JSON\n", "answers.jsonl:1: invalid JSON"),
     ]:
         answers.write_text(text)
         assert said in forks.run(*given[:-1], tmp_path / "f", code=2).stderr

@@ -1,238 +1,160 @@
-"""Benchmark files, in the forms they are published in, as questions with a right answer."""
+"""Benchmarks in: files of problems become the questions that a model is asked, each with its right answer."""
 
-import csv
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from lark_fast.errors import UserError
-from lark_fast.evaluation.answers import last_box
+from lark_fast.errors import RejectError, UserError
+from lark_fast.evaluation.benchmark_files import OPTION, read_items, stem
+from lark_fast.evaluation.benchmark_formats import LETTERS, Item, parse_item
 from lark_fast.evaluation.checker import CHOICE, MATH
-from lark_fast.hashing import hash_fields
-from lark_fast.pool.objects import MAX_OBJECT_BYTES, read_objects
+from lark_fast.rendering.inspection import visible
 
-OPTION = "--benchmark"
 INSTRUCTIONS = {
-    MATH: "Please reason step by step, and put your final answer within \\boxed{}.",
-    CHOICE: "Please reason step by step, and put the letter of your answer within \\boxed{}.",
+    MATH: r"Please reason step by step, and put your final answer within \boxed{}.",
+    CHOICE: r"Please reason step by step, and put the letter of your answer within \boxed{}.",
 }
-# By lower-case name; the first that a record has counts.
-_QUESTIONS = ("problem", "question", "prompt")
-_IDS = ("problem_id", "unique_id", "id", "record id", "question_id", "task_id")
-_GROUPS = ("level", "high-level domain", "category", "subject", "domain")
-_OPTIONS = ("options", "choices")
-_LETTERS = ("answerkey", "answer", "correct_answer", "label")
-_GPQA = ("correct answer", "incorrect answer 1", "incorrect answer 2", "incorrect answer 3")
-_SOLVED = re.compile(r"####\s*(\S.*)\s*$")
-_LETTER = re.compile(r"[A-Z]")
+_LONGEST_NAME = 80
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A problem of a benchmark.
+    """What a model is asked, and what is right."""
 
-    Attributes:
-        benchmark: its name, which is the file's.
-        problem_id: no two problems of a benchmark have the same.
-        messages: what the model is asked.
-        kind: "math" or "choice".
-        answer: the right one; of a choice, its letter.
-        choices: the options' texts in the order shown; () where they stand in the question alone.
-        group: the level of a MATH problem, the domain of one of GPQA, "" where there is none.
-        source, line: where it stands.
-    """
-
-    benchmark: str
-    problem_id: str
-    messages: tuple[Mapping[str, str], ...]
-    kind: str
-    answer: str
-    choices: tuple[str, ...] = ()
-    group: str = ""
+    benchmark: str  # the file's name without its ending, fit for the name of a directory
+    problem_id: str  # unique in the benchmark
+    messages: tuple[Mapping[str, str], ...]  # role and content each; the last is the user's
+    kind: str  # "math" or "choice"
+    answer: str  # the right one; of a choice, its letter
+    choices: tuple[str, ...] = ()  # the options' texts in the order shown; () for mathematics
+    group: str = ""  # MATH's level, "1" to "5"; a domain; "" where there is none
     source: str
     line: int
 
 
 def read_benchmarks(
-    paths: Sequence[str], *, instruction: str | None = None, system: str | None = None, limit: int | None = None
+    paths: Sequence[str],
+    *,
+    instruction: str | None = None,
+    system: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
 ) -> list[Question]:
-    """Read benchmark files, plain, .gz or .zst.
-
-    JSONL, JSON lists, Parquet and CSV, with the fields of MATH, MATH-500, AIME, AMC, GSM8K, GPQA, MMLU-Pro and ARC, or
-    ``messages`` that end with the user's, and ``answer``.
-
-    Args:
-        paths: of the files.
-        instruction: stands behind each question; None: to reason and to box the answer, "": none. Questions that come
-            as ``messages`` get one only where it is given.
-        system: a system message, where a question brings none.
-        limit: problems of each file.
+    """The questions of several files, see ``read_benchmark``; of benchmarks with one name the second gets "-2".
 
     Raises:
-        UserError: a file cannot be read, or one of its records is no question with an answer; names file and line.
+        UserError: as there; no files, or one of them twice.
     """
     if not paths:
-        raise UserError(f"{OPTION}: give at least one file")
+        raise UserError("no benchmark was given; give a file with --benchmark")
+    files = [os.path.realpath(path) for path in paths]
+    for place, path in enumerate(paths):
+        if files[place] in files[:place]:
+            raise UserError(f"{OPTION} {visible(path)}: is given twice")
     questions: list[Question] = []
-    names: set[str] = set()
+    taken: set[str] = set()
     for path in paths:
-        name = stem = _name(path)
-        for number in range(2, len(paths) + 2):
-            if name not in names:
-                break
-            name = f"{stem}-{number}"
-        names.add(name)
-        questions += _read(path, name, instruction, system, limit)
+        base = name = _safe(stem(path))
+        number = 1
+        while name in taken:
+            number += 1
+            name = f"{base}-{number}"
+        taken.add(name)
+        questions += read_benchmark(path, name=name, instruction=instruction, system=system, limit=limit, seed=seed)
     return questions
 
 
-def _read(path: str, name: str, instruction: str | None, system: str | None, limit: int | None) -> Iterator[Question]:
-    known: dict[str, int] = {}
-    for number, (line, record) in enumerate(_records(path)):
-        if number == limit:
-            return
-        where = f"{OPTION} {path}:{line}"
-        fields = {str(key).strip().lower(): value for key, value in record.items()}
-        problem_id = _text(_first(fields, _IDS)) or str(number)
-        if problem_id in known:
-            raise UserError(f"{where}: problem {problem_id!r} is there already, in line {known[problem_id]}")
-        known[problem_id] = line
-        kind, answer, choices = _answer(fields, problem_id, where)
-        yield Question(
-            benchmark=name,
-            problem_id=problem_id,
-            messages=_messages(fields, kind, choices, instruction, system, where),
-            kind=kind,
-            answer=answer,
-            choices=choices,
-            group=_text(_first(fields, _GROUPS)).removeprefix("Level "),
-            source=path,
-            line=line,
+def read_benchmark(
+    path: str,
+    *,
+    name: str | None = None,
+    instruction: str | None = None,
+    system: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> list[Question]:
+    """The questions of one file, in its order. ``benchmark_formats`` knows the fields, ``benchmark_files`` the files.
+
+    A problem without an id is known by its place in the file, from 0. Options that have fields of their own are put
+    behind the question, a line each. Conversations of the file's own stay as they are.
+
+    Args:
+        path: the file.
+        name: of the benchmark; None: the file's, made safe for a directory.
+        instruction: put behind the question; None: a line on boxed answers, see INSTRUCTIONS, but behind no
+            conversation of the file's own; "": nothing.
+        system: the system's turn; None or "": none but a conversation's own.
+        limit: problems at most, the first; None: all.
+        seed: of the order of options for which the file has none (GPQA); the same on every machine.
+
+    Raises:
+        UserError: a file or a problem that cannot be used, ids that come twice, no problem; names file and line.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: must be at least 1")
+    benchmark = _safe(stem(path)) if name is None else name
+    questions: list[Question] = []
+    lines: dict[str, int] = {}
+    for place, (line, item) in enumerate(_parsed(path, seed)):
+        where = f"{OPTION} {visible(path)}:{line}"
+        problem_id = str(place) if item.problem_id is None else item.problem_id
+        if problem_id in lines:
+            raise UserError(
+                f"{where}: problem {visible(problem_id)[:80]!r} stands in line {lines[problem_id]} already; "
+                "give each an id of its own"
+            )
+        lines[problem_id] = line
+        try:
+            messages = _messages(item, instruction, system)
+        except RejectError as error:
+            raise UserError(f"{where}: {error}") from None
+        questions.append(
+            Question(
+                benchmark=benchmark,
+                problem_id=problem_id,
+                messages=messages,
+                kind=item.kind,
+                answer=item.answer,
+                choices=item.choices,
+                group=item.group,
+                source=path,
+                line=line,
+            )
         )
-    if not known:
-        raise UserError(f"{OPTION} {path}: holds no problem")
+        if len(questions) == limit:
+            break
+    if not questions:
+        raise UserError(f"{OPTION} {visible(path)}: holds no problem")
+    return questions
 
 
-def _records(path: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    if not Path(path).is_file():
-        raise UserError(f"{OPTION} {path}: there is no such file")
-    if not path.lower().endswith(".csv"):
-        yield from read_objects(path, OPTION)
-        return
-    csv.field_size_limit(MAX_OBJECT_BYTES)
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file)
-            for row in rows:
-                yield rows.line_num, row
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{OPTION} {path}: cannot be read: {error}") from error
+def _parsed(path: str, seed: int) -> Iterator[tuple[int, Item]]:
+    for line, fields in read_items(path):
+        try:
+            yield line, parse_item(fields, seed=seed)
+        except RejectError as error:
+            raise UserError(f"{OPTION} {visible(path)}:{line}: {error}") from None
 
 
-def _answer(fields: Mapping[str, Any], problem_id: str, where: str) -> tuple[str, str, tuple[str, ...]]:
-    """(kind, right answer, options)."""
-    if all(_text(fields.get(name)) for name in _GPQA):
-        # In an order of the problem's own, which is the same on every machine.
-        shown = sorted(_GPQA, key=lambda name: hash_fields(problem_id.encode(), name.encode(), size=8))
-        return CHOICE, chr(ord("A") + shown.index(_GPQA[0])), tuple(_text(fields[name]) for name in shown)
-    options = _first(fields, _OPTIONS)
-    if options is not None:
-        return CHOICE, *_chosen(options, fields, where)
-    answer = _text(fields.get("answer"))
-    if not answer and _text(fields.get("solution")):
-        answer = last_box(_text(fields["solution"])) or ""
-    if not answer:
-        raise UserError(f"{where}: has no answer; there are the fields {', '.join(fields)}")
-    solved = _SOLVED.search(answer)
-    if solved:
-        return MATH, solved[1].strip(), ()
-    # GPQA with its options in the question.
-    lettered = _LETTER.fullmatch(answer) and re.search(rf"(?m)^\W*{answer}\W", _text(_first(fields, _QUESTIONS)))
-    return (CHOICE if lettered else MATH), answer, ()
-
-
-def _chosen(options: Any, fields: Mapping[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
-    """(letter of the right option, options)."""
-    labels = None
-    if isinstance(options, Mapping):
-        labels, options = options.get("label"), options.get("text")
-    if not isinstance(options, Sequence) or isinstance(options, str) or len(options) < 2:
-        raise UserError(f"{where}: its options are no list of two or more texts")
-    texts = tuple(_text(option) for option in options)
-    letters = [chr(ord("A") + place) for place in range(len(texts))]
-    named = [_text(label) for label in labels] if isinstance(labels, Sequence) else letters
-    index = fields.get("answer_index")
-    right = letters[index] if isinstance(index, int) and 0 <= index < len(letters) else None
-    said = _text(_first(fields, _LETTERS))
-    if right is None and said in named and len(named) == len(letters):
-        right = letters[named.index(said)]
-    if right is None and texts.count(said) == 1:
-        right = letters[texts.index(said)]
-    if right is None:
-        raise UserError(f"{where}: its answer {said!r} is none of its options")
-    return right, texts
-
-
-def _messages(
-    fields: Mapping[str, Any],
-    kind: str,
-    choices: Sequence[str],
-    instruction: str | None,
-    system: str | None,
-    where: str,
-) -> tuple[Mapping[str, str], ...]:
-    own = fields.get("messages")
-    if own is not None:
-        messages = _own_messages(own, where)
-        added = instruction or ""
+def _messages(item: Item, instruction: str | None, system: str | None) -> tuple[Mapping[str, str], ...]:
+    if item.messages:
+        asked, messages = instruction or "", list(item.messages)
     else:
-        asked = _text(_first(fields, _QUESTIONS))
-        if not asked:
-            names = ", ".join((*_QUESTIONS, "messages"))
-            raise UserError(f"{where}: has no question ({names}); there are the fields {', '.join(fields)}")
-        options = [f"{chr(ord('A') + place)}. {choice}" for place, choice in enumerate(choices)]
-        messages = [{"role": "user", "content": "\n".join([asked, *options])}]
-        added = INSTRUCTIONS[kind] if instruction is None else instruction
-    if added:
-        messages[-1] = {"role": "user", "content": f"{messages[-1]['content']}\n\n{added}"}
-    if system is not None and messages[0]["role"] != "system":
+        asked, messages = INSTRUCTIONS[item.kind] if instruction is None else instruction, []
+    parts = [item.text]
+    if not item.listed:
+        parts.append("\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, item.choices, strict=False)))
+    if asked:
+        parts.append(asked)
+    messages[-1:] = [{"role": "user", "content": "\n\n".join(parts)}]
+    if system:
+        if messages[0]["role"] in ("system", "developer"):
+            raise RejectError("the conversation begins with a system's turn of its own; leave --system away")
         messages.insert(0, {"role": "system", "content": system})
     return tuple(messages)
 
 
-def _own_messages(own: Any, where: str) -> list[Mapping[str, str]]:
-    fits = (
-        isinstance(own, Sequence)
-        and own
-        and all(
-            isinstance(message, Mapping)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-            for message in own
-        )
-    )
-    if not fits:
-        raise UserError(f"{where}: its messages are no list of {{role, content}}")
-    if own[-1]["role"] != "user":
-        raise UserError(f"{where}: its messages end with {own[-1]['role']!r}, so there is nothing to answer")
-    return [{"role": message["role"], "content": message["content"]} for message in own]
-
-
-def _first(fields: Mapping[str, Any], names: Sequence[str]) -> Any:
-    return next((fields[name] for name in names if fields.get(name) is not None), None)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # AMC's answers are 142.0
-    return str(value).strip() if isinstance(value, str | int | float) else ""
-
-
-def _name(path: str) -> str:
-    """A benchmark's name: the file's, without what only says how it is written."""
-    name = Path(path).name
-    while Path(name).suffix.lower() in (".gz", ".zst", ".jsonl", ".json", ".ndjson", ".csv", ".parquet"):
-        name = Path(name).stem
-    return re.sub(r"[^\w.-]+", "_", name) or "benchmark"
+def _safe(name: str) -> str:
+    """A name that can be a directory's: letters, digits, "-", "_" and "." inside."""
+    return re.sub(r"[^\w.-]+", "_", name).lstrip(".-")[:_LONGEST_NAME] or "benchmark"

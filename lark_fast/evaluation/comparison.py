@@ -2,16 +2,19 @@
 
 import csv
 import io
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lark_fast.errors import UserError
+from lark_fast.evaluation.measures import acc_at_k
 from lark_fast.evaluation.results import read_results
-from lark_fast.files import atomic_open, write_json, writing_to
+from lark_fast.files import atomic_open, refuse_overlap, write_json, writing_to
 from lark_fast.intervals import paired_difference
+from lark_fast.rendering.inspection import visible
 
 _FILES = ("comparison.md", "comparison.csv", "comparison.json")
 _COLUMNS = ("acc_1", "acc_n", "majority")
@@ -36,8 +39,10 @@ def compare(runs: Sequence[str], out: str, *, overwrite: bool = False) -> list[s
     """
     if len(runs) < 2:
         raise UserError("compare: give two or more evaluations")
-    if len(set(runs)) < len(runs):
+    if len({os.path.realpath(run) for run in runs}) < len(runs):
         raise UserError("compare: names an evaluation twice")
+    # An evaluation's directory with a stranger's files in it would be refused when it is to go on.
+    refuse_overlap(out, {"the evaluation": map(Path, runs)})
     there = [name for name in _FILES if (Path(out) / name).exists()]
     if there and not overwrite:
         raise UserError(f"--out {out}: has a {there[0]} already; --overwrite, or give another directory")
@@ -90,16 +95,18 @@ def _differences(first: str, run: str, found: Mapping[str, Any]) -> Iterator[dic
     for benchmark in dict.fromkeys(benchmark for benchmark, _ in shared):
         keys = [key for key in shared if key[0] == benchmark]
         left_out = sum(key[0] == benchmark for key in {**theirs, **ours}) - len(keys)
-        for measure, value in (("acc_1", _accuracy), ("acc_n", _any), ("majority", _majority)):
-            several = max(len(lines[key]["correct"]) for lines in (theirs, ours) for key in keys) > 1
-            if measure != "acc_1" and not several:
-                continue
+        sizes = {len(lines[key]["correct"]) for lines in (theirs, ours) for key in keys}
+        # Any of eight answers against any of two would compare numbers, not models.
+        k = min(sizes)
+        measures = [("acc_1", _acc_at(1)), *([("acc_k", _acc_at(k))] if k > 1 else [])]
+        for measure, value in [*measures, *([("majority", _majority)] if max(sizes) > 1 else [])]:
             paired = paired_difference([value(ours[key]) for key in keys], [value(theirs[key]) for key in keys])
             yield {
                 "run": run,
                 "baseline": first,
                 "benchmark": benchmark,
                 "measure": measure,
+                "k": k,
                 "left_out": left_out,
                 **asdict(paired),
             }
@@ -109,12 +116,8 @@ def _by_problem(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Map
     return {(line["benchmark"], line["problem_id"]): line for line in lines}
 
 
-def _accuracy(line: Mapping[str, Any]) -> float:
-    return sum(line["correct"]) / len(line["correct"])
-
-
-def _any(line: Mapping[str, Any]) -> float:
-    return float(any(line["correct"]))
+def _acc_at(k: int) -> Callable[[Mapping[str, Any]], float]:
+    return lambda line: float(acc_at_k([line["correct"]], k)[0])
 
 
 def _majority(line: Mapping[str, Any]) -> float:
@@ -127,14 +130,14 @@ def _said(difference: Mapping[str, Any]) -> str:
     left_out = f"; {difference['left_out']:,} that only one has left out" if difference["left_out"] else ""
     runs = f"{difference['run']} minus {difference['baseline']}"
     return (
-        f"{difference['benchmark']}, {_title(difference['measure'])}: {runs}: "
+        f"{visible(difference['benchmark'])}, {_title(difference['measure'], difference['k'])}: {visible(runs)}: "
         f"{100 * gap['mean']:+.1f} points ({100 * gap['low']:+.1f} to {100 * gap['high']:+.1f}, "
         f"p = {difference['p_value']:.2g}) on {difference['problems']:,} problems: {verdict}{left_out}"
     )
 
 
-def _title(measure: str) -> str:
-    return {"acc_1": "ACC@1", "acc_n": "ACC@n", "majority": "majority"}[measure]
+def _title(measure: str, k: int = 0) -> str:
+    return {"acc_1": "ACC@1", "acc_n": "ACC@n", "acc_k": f"ACC@{k}", "majority": "majority"}[measure]
 
 
 def _as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -147,7 +150,9 @@ def _as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _no_formula(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+    if not isinstance(value, str):
+        return value
+    return f"'{visible(value)}" if value.startswith(_FORMULA) else visible(value)
 
 
 def _as_markdown(
@@ -156,18 +161,21 @@ def _as_markdown(
     """A table a measure, runs down and benchmarks across, and the differences."""
     benchmarks = list(dict.fromkeys((row["benchmark"], row["group"]) for row in rows))
     cells = {(row["run"], row["benchmark"], row["group"]): row for row in rows}
-    several = any(row["n"] > 1 for row in rows)
+    sizes = {row["n"] for row in rows}
     parts = ["# Evaluations\n"]
-    for measure in _COLUMNS if several else _COLUMNS[:1]:
+    for measure in _COLUMNS if max(sizes) > 1 else _COLUMNS[:1]:
+        # Where runs have different n, their ACC@n are different measures: each says its own.
+        told = measure != "acc_1" and len(sizes) > 1
+        title = f"ACC@{max(sizes)}" if measure == "acc_n" and not told else _title(measure)
         head = ["run", *(f"{benchmark} {group}".strip() for benchmark, group in benchmarks)]
-        lines = [[run, *(_cell(cells.get((run, *benchmark)), measure) for benchmark in benchmarks)] for run in found]
-        parts += [f"## {_title(measure)}, % (95 % interval over problems)\n", _table(head, lines)]
+        lines = [[run, *(_cell(cells.get((run, *one)), measure, told) for one in benchmarks)] for run in found]
+        parts += [f"## {title}, % (95 % interval over problems)\n", _table(head, lines)]
     head = ["", "benchmark", "measure", "points", "95 % interval", "p", "problems"]
     lines = [
         [
             f"{one['run']} - {one['baseline']}",
             one["benchmark"],
-            _title(one["measure"]),
+            _title(one["measure"], one["k"]),
             f"{100 * one['difference']['mean']:+.1f}",
             f"{100 * one['difference']['low']:+.1f} to {100 * one['difference']['high']:+.1f}",
             f"{one['p_value']:.3g}",
@@ -183,10 +191,11 @@ def _as_markdown(
     return "\n".join(parts)
 
 
-def _cell(row: Mapping[str, Any] | None, measure: str) -> str:
+def _cell(row: Mapping[str, Any] | None, measure: str, with_n: bool) -> str:
     if row is None:
         return ""
-    return f"{100 * row[measure]:.1f} ({100 * row[f'{measure}_low']:.1f} to {100 * row[f'{measure}_high']:.1f})"
+    n = f", n {row['n']}" if with_n else ""
+    return f"{100 * row[measure]:.1f} ({100 * row[f'{measure}_low']:.1f} to {100 * row[f'{measure}_high']:.1f}){n}"
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -196,4 +205,4 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def _escaped(text: str) -> str:
     """Names that come from elsewhere, as plain text in one cell."""
-    return re.sub(r"([\\|<>`*_\[\]&])", r"\\\1", " ".join(text.split())) if text != "---" else text
+    return re.sub(r"([\\|<>`*_\[\]&])", r"\\\1", visible(text)) if text != "---" else text

@@ -1,6 +1,5 @@
 """Answers that were made elsewhere, to be judged as they are."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from lark_fast.errors import UserError
 from lark_fast.evaluation.backends.backend import Answer
 from lark_fast.evaluation.benchmarks import Question
+from lark_fast.pool.objects import read_objects
 
 _TEXTS = ("text", "response", "completion", "output", "generation", "answer")
 _LISTS = ("answers", "generations", "outputs", "responses")
@@ -15,7 +15,7 @@ _IDS = ("problem_id", "id")
 
 
 def read_answers(path: str, questions: Sequence[Question]) -> dict[tuple[str, str], list[Answer]]:
-    """Read a JSONL file of answers, one or several to a problem.
+    """Read a file of answers (JSONL, a JSON list or Parquet), one or several to a problem.
 
     A line has ``problem_id`` (and ``benchmark`` where several are evaluated), and what was answered: ``text`` (or
     response, completion, output, generation, answer), or a list of them in ``answers``, or ``messages`` that end with
@@ -30,16 +30,13 @@ def read_answers(path: str, questions: Sequence[Question]) -> dict[tuple[str, st
     benchmarks = list(dict.fromkeys(question.benchmark for question in questions))
     known = {(question.benchmark, question.problem_id) for question in questions}
     found: dict[tuple[str, str], list[Answer]] = {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--answers {path}: cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            key, texts = _parse(f"{path}:{number}", line, benchmarks)
-            if key not in known:
-                raise UserError(f"{path}:{number}: {key[0]} has no problem {key[1]!r}")
-            found.setdefault(key, []).extend(Answer(text=text, tokens=0, finish="stop") for text in texts)
+    if not Path(path).is_file():
+        raise UserError(f"--answers {path}: there is no such file")
+    for number, entry in read_objects(path, "--answers"):
+        key, texts = _parse(f"--answers {path}:{number}", entry, benchmarks)
+        if key not in known:
+            raise UserError(f"--answers {path}:{number}: {key[0]} has no problem {key[1]!r}")
+        found.setdefault(key, []).extend(Answer(text=text, tokens=0, finish="stop") for text in texts)
     missing = [key for key in sorted(known) if key not in found]
     if missing:
         raise UserError(
@@ -53,13 +50,7 @@ def read_answers(path: str, questions: Sequence[Question]) -> dict[tuple[str, st
     return found
 
 
-def _parse(where: str, line: str, benchmarks: Sequence[str]) -> tuple[tuple[str, str], list[str]]:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: is no JSON: {error}") from error
-    if not isinstance(entry, dict):
-        raise UserError(f"{where}: is no JSON object")
+def _parse(where: str, entry: Mapping[str, Any], benchmarks: Sequence[str]) -> tuple[tuple[str, str], list[str]]:
     problem = next((entry[name] for name in _IDS if isinstance(entry.get(name), str | int)), None)
     if problem is None:
         raise UserError(f"{where}: names no problem; give problem_id")

@@ -4,19 +4,22 @@ A batch is written in stretches. Between two of them the answers that are done l
 that the rest of a batch does not carry them along.
 """
 
+import logging
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.generation import TemperatureLogitsWarper
 
 from lark_fast.errors import UserError
 from lark_fast.evaluation.answers import has_answered
 from lark_fast.evaluation.backends.backend import Answer, Prompt
-from lark_fast.evaluation.backends.gumbel import GumbelNoise
+from lark_fast.evaluation.backends.draws import GumbelNoise, TopP
 from lark_fast.evaluation.backends.seeds import stream
 from lark_fast.evaluation.config import Sampling
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 _STRETCHES = (32, 64, 128, 256)  # tokens; the last again and again
-_MOST_ROWS = {"cpu": 64, "cuda": 512}
+_MOST_ROWS = 512
 _BOX_TOKENS = 256  # a box that is longer ends no answer early
 _USABLE_MEMORY = 0.7
 
@@ -73,6 +76,10 @@ class TransformersBackend:
         Raises:
             UserError: the device has no memory for a single answer.
         """
+        with _quiet():
+            yield from self._generate(prompts, sampling)
+
+    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, list[Answer]]]:
         waiting = [(place, sample) for place in range(len(prompts)) for sample in range(sampling.n)]
         done: dict[int, dict[int, Answer]] = {}
         limit = self.batch_size or self._rows_that_fit(prompts)
@@ -149,18 +156,33 @@ class TransformersBackend:
         return ids.to(device), mask.to(device)
 
     def _rows_that_fit(self, prompts: Sequence[Prompt]) -> int:
-        """Answers whose keys and values fit beside the model at their full length."""
+        """Answers whose keys and values fit beside the model at their full length.
+
+        As many as may be: the last of a batch, however few, take as many steps as its longest answer has tokens.
+        """
         embedding = self.model.get_input_embeddings().weight
-        most = _MOST_ROWS.get(embedding.device.type, _MOST_ROWS["cpu"])
-        if embedding.device.type != "cuda":
-            return most
         config = self.model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         a_token = 2 * config.num_hidden_layers * heads * width * embedding.element_size()
         longest = max((len(prompt.ids) + prompt.max_new_tokens for prompt in prompts), default=1)
-        free, _ = torch.cuda.mem_get_info(embedding.device)
-        return max(1, min(most, int(_USABLE_MEMORY * free / (a_token * longest))))
+        if embedding.device.type == "cuda":
+            free = int(torch.cuda.mem_get_info(embedding.device)[0] * _USABLE_MEMORY)
+        else:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        return max(1, min(_MOST_ROWS, free // (a_token * longest)))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Padding makes a batch wider than the model's positions, of which Transformers warns; no answer is longer."""
+    told = logging.getLogger("transformers.generation.stopping_criteria")
+    before = told.level
+    told.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        told.setLevel(before)
 
 
 def _draw(rows: Sequence[_Row], sampling: Sampling) -> LogitsProcessorList:
@@ -169,7 +191,7 @@ def _draw(rows: Sequence[_Row], sampling: Sampling) -> LogitsProcessorList:
         return LogitsProcessorList()
     draw = [TemperatureLogitsWarper(sampling.temperature)]
     if sampling.top_p < 1:
-        draw.append(TopPLogitsWarper(sampling.top_p))
+        draw.append(TopP(sampling.top_p))
     return LogitsProcessorList([*draw, GumbelNoise([row.generator for row in rows])])
 
 
