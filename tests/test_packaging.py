@@ -44,6 +44,7 @@ def test_wheel_holds_kernels_in_their_place_only(built):
     for module in (ROOT / "lark_fast").rglob("*.py"):
         relative = module.relative_to(ROOT).as_posix()
         assert relative in names or relative == "lark_fast/kernels/__init__.py", f"{relative} is not shipped"
+    assert {f"lark_fast/report/page/{name}" for name in ("page.html.j2", "page.js", "style.css")} <= set(names)
 
 
 def test_import_from_the_wheel(built, tmp_path):

@@ -34,6 +34,11 @@ class Answer:
     finish: str  # "stop": it ended its turn; "answer": ended behind its answer; "length": cut
 
 
+def finish_of(reason: str | None) -> str:
+    """Another program's word for how an answer ended: whatever is not the end of a turn has cut it."""
+    return "stop" if reason == "stop" else "length"
+
+
 class Backend(Protocol):
     """Lets a model answer."""
 

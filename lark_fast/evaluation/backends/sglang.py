@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lark_fast.evaluation.backends.backend import Answer, Prompt
+from lark_fast.evaluation.backends.backend import Answer, Prompt, finish_of
 
 if TYPE_CHECKING:
     from lark_fast.evaluation.config import EvalConfig, Sampling
@@ -63,4 +63,6 @@ class SglangBackend:
             input_ids=list(prompt.ids), sampling_params=params, lora_path=self._adapter
         )
         told = made["meta_info"]
-        return Answer(text=made["text"], tokens=told["completion_tokens"], finish=told["finish_reason"]["type"])
+        return Answer(
+            text=made["text"], tokens=told["completion_tokens"], finish=finish_of(told["finish_reason"]["type"])
+        )

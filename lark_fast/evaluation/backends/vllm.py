@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lark_fast.evaluation.backends.backend import Answer, Prompt
+from lark_fast.evaluation.backends.backend import Answer, Prompt, finish_of
 from lark_fast.evaluation.backends.seeds import stream
 from lark_fast.student import ADAPTER_CONFIG
 
@@ -64,7 +64,7 @@ class VllmBackend:
                     yield (
                         int(output.request_id),
                         [
-                            Answer(text=one.text, tokens=len(one.token_ids), finish=one.finish_reason or "stop")
+                            Answer(text=one.text, tokens=len(one.token_ids), finish=finish_of(one.finish_reason))
                             for one in sorted(output.outputs, key=lambda one: one.index)
                         ],
                     )
