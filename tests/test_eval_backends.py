@@ -95,7 +95,7 @@ def test_gumbel_noise_draws_from_the_softmax():
 
 
 def test_temperature_and_top_p_come_before_the_draw():
-    row = _Row(0, prompts()[0], torch.Generator().manual_seed(0))
+    row = _Row((0, 0), prompts()[0], torch.Generator().manual_seed(0))
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     draw = _draw([row], Sampling(n=2, temperature=1.0, top_p=0.75))
     kept = torch.stack([draw(None, logits)[0] for _ in range(50)])
@@ -134,7 +134,7 @@ def test_an_answer_ends_behind_its_box(text, thinking, finish):
     ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
     closing = frozenset(number for word, number in TOKENIZER.get_vocab().items() if "}" in word)
     for stop_at_answer in (True, False):
-        row = _Row(0, Prompt(key="", ids=(1,), thinking=thinking, max_new_tokens=1000), None)
+        row = _Row((0, 0), Prompt(key="", ids=(1,), thinking=thinking, max_new_tokens=1000), None)
         watch = _Watch([row], TOKENIZER, closing, (STOP,), stop_at_answer=stop_at_answer)
         for place in range(len(ids)):
             watch(torch.tensor([ids[: place + 1]]), None)

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -68,6 +69,24 @@ def over_ranks(*arguments, **options):
     return done
 
 
+def over_forks(forks, *arguments, ranks=2, **options):
+    """The same without torchrun and without the imports: rank 0."""
+    words = torchrun(*arguments, **options)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "TORCHELASTIC_RUN_ID": "t"}
+    started = [
+        forks.start(
+            *words[words.index("lark_fast") + 1 :],
+            before=f"os.environ.update({told | {'RANK': str(rank), 'LOCAL_RANK': str(rank)}})",
+        )
+        for rank in range(ranks)
+    ]
+    first, *_ = [rank.ended() for rank in started]
+    return first
+
+
 def differ(a, b):
     """The largest relative difference of two runs' losses, of training and held out."""
     assert [line["step"] for line in a] == [line["step"] for line in b]
@@ -98,9 +117,9 @@ def test_two_ranks_are_one(two, alone):
     assert_as_alone(*two, 2, alone)
 
 
-def test_a_rank_without_work(tmp_path, data, student, alone):
+def test_a_rank_without_work(tmp_path, forks, data, student, alone):
     # 12 rows in batches of 5: the third batch has 2, and of 3 ranks one has nothing to do there.
-    assert_as_alone(tmp_path / "out", over_ranks(data, student, tmp_path / "out", ranks=3), 3, alone)
+    assert_as_alone(tmp_path / "out", over_forks(forks, data, student, tmp_path / "out", ranks=3), 3, alone)
 
 
 @pytest.mark.parametrize(("how", "ranks"), [(signal.SIGKILL, 1)])
@@ -141,22 +160,22 @@ def kill_family(process):
     assert not psutil.wait_procs(family, timeout=60)[1]
 
 
-def test_the_same_ranks_come_to_the_same_bits(tmp_path, data, student, two):
-    over_ranks(data, student, tmp_path / "out")
+def test_the_same_ranks_come_to_the_same_bits(tmp_path, forks, data, student, two):
+    over_forks(forks, data, student, tmp_path / "out")
     assert metrics(tmp_path / "out") == metrics(two[0])
     ours, theirs = weights(tmp_path / "out"), weights(two[0])
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_adapters_over_ranks(tmp_path, data, student):
+def test_adapters_over_ranks(tmp_path, forks, data, student):
     lora = LoraOptions(rank=4, dropout=0.0)
     run(data, student, tmp_path / "a", epochs=4, eval_data=str(data), probe=str(data), lora=lora)
-    over_ranks(data, student, tmp_path / "b", "--lora", "--lora-rank", 4, "--lora-dropout", 0)
+    over_forks(forks, data, student, tmp_path / "b", "--lora", "--lora-rank", 4, "--lora-dropout", 0)
     assert differ(metrics(tmp_path / "a"), metrics(tmp_path / "b")) < TOLERANCE
     assert (tmp_path / "b" / "adapter_model.safetensors").exists()
 
 
-def test_early_stop_over_ranks(tmp_path, data, student):
+def test_early_stop_over_ranks(tmp_path, forks, data, student):
     # Held-out passes, which no backward pass follows, between the steps and before weights are kept and loaded.
     other = {"role": "assistant", "content": "No. " * 9}
     rows = [{**row, "messages": [row["messages"][0], other]} for row in weighted_rows()]
@@ -165,7 +184,7 @@ def test_early_stop_over_ranks(tmp_path, data, student):
     summary = run(data, student, tmp_path / "a", eval_data=str(held_out), probe=str(data), **settings)
     assert summary.best_step < summary.steps < 60
     words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
-    over_ranks(data, student, tmp_path / "b", *words, held_out=held_out)
+    over_forks(forks, data, student, tmp_path / "b", *words, held_out=held_out)
     assert differ(metrics(tmp_path / "a"), metrics(tmp_path / "b")) < 1e-4  # of a rate so high that the loss rises
     a, b = (pq.read_table(tmp_path / name / "probe.parquet")["nll_after"].to_pylist() for name in ("a", "b"))
     assert b == pytest.approx(a, rel=1e-4)

@@ -125,14 +125,19 @@ def _generate(
     if not asked:
         return 0
     model = open_backend(backend, config, files, stop_ids)
-    tokens, started = 0, time.monotonic()
+    tokens, done, started = 0, 0, time.monotonic()
     with track("answering", len(asked)) as progress:
-        answered = model.generate([prompt for _, prompt in asked], config.sampling)
-        for done, (place, answers) in enumerate(answered, 1):
-            store.add(asked[place][0], answers)
-            tokens += sum(answer.tokens for answer in answers)
+
+        def tell(more: int = 0) -> None:
+            nonlocal tokens
+            tokens += more
             rate = tokens / max(time.monotonic() - started, 1e-9)
             progress.update(done, f"{done:,} of {len(asked):,} problems, {rate:,.0f} tokens/s")
+
+        for place, answers in model.generate([prompt for _, prompt in asked], config.sampling, tell):
+            store.add(asked[place][0], answers)
+            done += 1
+            tell()
     return tokens
 
 

@@ -1,6 +1,6 @@
 """What a backend is given and what it gives back, and which one is taken."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
@@ -44,8 +44,13 @@ class Backend(Protocol):
 
     name: str
 
-    def generate(self, prompts: Sequence[Prompt], sampling: "Sampling") -> Iterator[tuple[int, list[Answer]]]:
-        """Yield (position of a prompt, its ``sampling.n`` answers), each as soon as it is done, in any order."""
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: "Sampling", on_tokens: Callable[[int], None]
+    ) -> Iterator[tuple[int, list[Answer]]]:
+        """Yield (position of a prompt, its ``sampling.n`` answers), each as soon as it is done, in any order.
+
+        ``on_tokens`` hears now and then how many tokens were written since it heard last.
+        """
         ...
 
 

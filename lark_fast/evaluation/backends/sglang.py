@@ -1,7 +1,7 @@
 """SGLang: batches without end on a GPU, and answers that stop behind their box."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lark_fast.evaluation.backends.backend import Answer, Prompt, finish_of
@@ -35,7 +35,9 @@ class SglangBackend:
         self._adapter = files.adapter  # known by its path
         self._stop_ids = list(stop_ids)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: "Sampling") -> Iterator[tuple[int, list[Answer]]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: "Sampling", on_tokens: Callable[[int], None]
+    ) -> Iterator[tuple[int, list[Answer]]]:
         """Yield (position of a prompt, its answers) as they are done."""
         loop = self._engine.loop
         waiting = {loop.create_task(self._answers(place, prompt, sampling)) for place, prompt in enumerate(prompts)}
@@ -43,7 +45,9 @@ class SglangBackend:
             while waiting:
                 done, waiting = loop.run_until_complete(asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED))
                 for task in done:
-                    yield task.result()
+                    place, answers = task.result()
+                    on_tokens(sum(answer.tokens for answer in answers))
+                    yield place, answers
         finally:
             for task in waiting:
                 task.cancel()

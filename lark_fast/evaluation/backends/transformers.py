@@ -6,7 +6,7 @@ that the rest of a batch does not carry them along.
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -36,7 +36,7 @@ _USABLE_MEMORY = 0.7
 class _Row:
     """An answer while it is written."""
 
-    prompt: int  # its position among the prompts
+    key: tuple[int, int]  # position of its prompt, and which of that one's answers it is
     asked: Prompt
     generator: torch.Generator | None
     written: list[int] = field(default_factory=list)
@@ -70,16 +70,20 @@ class TransformersBackend:
             do_sample=False, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0], return_dict_in_generate=True
         )
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, list[Answer]]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, on_tokens: Callable[[int], None] = lambda _: None
+    ) -> Iterator[tuple[int, list[Answer]]]:
         """Yield (position of a prompt, its answers) as they are done.
 
         Raises:
             UserError: the device has no memory for a single answer.
         """
         with _quiet():
-            yield from self._generate(prompts, sampling)
+            yield from self._generate(prompts, sampling, on_tokens)
 
-    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, list[Answer]]]:
+    def _generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, on_tokens: Callable[[int], None]
+    ) -> Iterator[tuple[int, list[Answer]]]:
         waiting = [(place, sample) for place in range(len(prompts)) for sample in range(sampling.n)]
         done: dict[int, dict[int, Answer]] = {}
         limit = self.batch_size or self._rows_that_fit(prompts)
@@ -87,7 +91,7 @@ class TransformersBackend:
             batch = waiting[:limit]
             finished: set[tuple[int, int]] = set()
             try:
-                for key, answer in self._write(prompts, batch, sampling):
+                for key, answer in self._write(prompts, batch, sampling, on_tokens):
                     finished.add(key)
                     place, sample = key
                     of_prompt = done.setdefault(place, {})
@@ -104,13 +108,17 @@ class TransformersBackend:
 
     @torch.no_grad()
     def _write(
-        self, prompts: Sequence[Prompt], batch: Sequence[tuple[int, int]], sampling: Sampling
+        self,
+        prompts: Sequence[Prompt],
+        batch: Sequence[tuple[int, int]],
+        sampling: Sampling,
+        on_tokens: Callable[[int], None],
     ) -> Iterator[tuple[tuple[int, int], Answer]]:
         """Yield ((position of the prompt, sample), answer) of one batch."""
         device = self.model.get_input_embeddings().weight.device
         rows = [
             _Row(
-                place,
+                (place, sample),
                 prompts[place],
                 torch.Generator(device).manual_seed(stream(sampling.seed, prompts[place].key, sample))
                 if sampling.temperature
@@ -118,12 +126,12 @@ class TransformersBackend:
             )
             for place, sample in batch
         ]
-        keys = {id(row): key for row, key in zip(rows, batch, strict=True)}
         ids, mask, cache = *self._padded([row.asked.ids for row in rows], device), None
         stretches = iter(_STRETCHES)
         stretch = 0
         while rows:
             stretch = next(stretches, stretch)
+            before = sum(len(row.written) for row in rows)
             watch = _Watch(rows, self.tokenizer, self._closing, self.stop_ids, stop_at_answer=sampling.stop_at_answer)
             made = self.model.generate(
                 input_ids=ids,
@@ -134,11 +142,12 @@ class TransformersBackend:
                 stopping_criteria=StoppingCriteriaList([watch]),
             )
             written = made.sequences[:, ids.shape[1] :]
+            on_tokens(sum(len(row.written) for row in rows) - before)
             alive = [place for place, row in enumerate(rows) if not row.finish]
             for row in rows:
                 if row.finish:
                     text = self.tokenizer.decode(row.written, skip_special_tokens=True)
-                    yield keys[id(row)], Answer(text=text, tokens=len(row.written), finish=row.finish)
+                    yield row.key, Answer(text=text, tokens=len(row.written), finish=row.finish)
             if alive:
                 keep = torch.tensor(alive, device=device)
                 mask = torch.cat([mask, torch.ones_like(written)], dim=1)[keep]

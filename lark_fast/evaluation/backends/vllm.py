@@ -1,7 +1,7 @@
 """vLLM: batches without end on a GPU; an adapter is applied as it is."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,9 @@ class VllmBackend:
         self._adapter = LoRARequest("adapter", 1, str(Path(files.adapter).resolve())) if files.adapter else None
         self._stop_ids = list(stop_ids)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: "Sampling") -> Iterator[tuple[int, list[Answer]]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: "Sampling", on_tokens: Callable[[int], None]
+    ) -> Iterator[tuple[int, list[Answer]]]:
         """Yield (position of a prompt, its answers) as they are done."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
