@@ -83,35 +83,26 @@ def lengths(scores: "Scores", selection: "Selection | None") -> alt.Chart:
     return _steps(values, "scored tokens", scale=alt.Scale(type="log", nice=False))
 
 
-def learnability_by_length(scores: "Scores") -> alt.LayerChart:
-    """g_hat against length: the median and the middle half of twenty groups of equal size."""
-    g_hat, tokens = scores.column("g_hat"), scores.rows.n_tokens
-    usable = np.flatnonzero(np.isfinite(g_hat))
-    parts = np.array_split(usable[np.argsort(tokens[usable], kind="stable")], min(20, max(1, len(usable))))
+def by_length(scores: "Scores", column: str, title: str) -> alt.LayerChart:
+    """A score against length: the median and the middle half of twenty groups of equal size."""
+    score, tokens = scores.column(column), np.maximum(scores.rows.n_tokens, 1)
+    usable = np.flatnonzero(np.isfinite(score))
     values = []
-    for part in parts:
+    for part in np.array_split(usable[np.argsort(tokens[usable], kind="stable")], min(20, max(1, len(usable)))):
         if len(part):
-            low, middle, high = (float(value) for value in np.quantile(g_hat[part], (0.25, 0.5, 0.75)))
+            quarters = map(_short, np.quantile(score[part], (0.25, 0.5, 0.75)))
             values.append(
-                {
-                    "tokens": float(np.median(tokens[part])),
-                    "low": low,
-                    "g_hat": middle,
-                    "high": high,
-                    "count": len(part),
-                }
+                {"tokens": float(np.median(tokens[part])), "count": len(part)}
+                | dict(zip(("low", "median", "high"), quarters, strict=True))
             )
-    base = _chart(values, height=280).encode(
+    base = _chart(values, height=240).encode(
         x=alt.X("tokens:Q", title="scored tokens", scale=alt.Scale(type="log", nice=False)),
-        tooltip=[alt.Tooltip("tokens:Q", format=",.0f"), *_tooltips("low", "g_hat", "high"), "count:Q"],
+        tooltip=[alt.Tooltip("tokens:Q", format=",.0f"), *_tooltips("low", "median", "high"), "count:Q"],
     )
     scale = alt.Scale(zero=False)
-    band = base.mark_area(opacity=0.25, color="#4c78a8").encode(
-        y=alt.Y("low:Q", scale=scale, title="g_hat"), y2="high:Q"
-    )
-    return band + base.mark_line(color="#4c78a8", point={"size": 30, "color": "#4c78a8"}).encode(
-        y=alt.Y("g_hat:Q", scale=scale)
-    )
+    band = base.mark_area(opacity=0.25, color="#4c78a8").encode(y=alt.Y("low:Q", scale=scale, title=title), y2="high:Q")
+    line = base.mark_line(color="#4c78a8", point={"size": 30, "color": "#4c78a8"})
+    return band + line.encode(y=alt.Y("median:Q", scale=scale))
 
 
 def rho_against_nll(scores: "Scores", selection: "Selection | None") -> alt.Chart:

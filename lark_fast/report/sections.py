@@ -127,34 +127,29 @@ def _scores(sources: Sources) -> Section:
     scores, selection = sources.scores, sources.selection
     g_hat, tokens = scores.column("g_hat"), scores.rows.n_tokens
     usable = np.isfinite(g_hat)
-    figures = [
-        Figure(
-            name="rho-nll",
-            title="rho against nll",
-            words="A sample of the trajectories: how surprised the student is, and how much of that it can learn.",
-            chart=charts.rho_against_nll(scores, selection),
-        ),
-        Figure(
-            name="g-hat-length",
-            title="g_hat by length",
-            words="Median and middle half of the trajectories of each length.",
-            chart=charts.learnability_by_length(scores),
-        ),
-    ]
-    for column, title in (
-        ("g_hat", "g_hat"),
-        ("rho", "rho"),
-        ("nll", "nll, nats a token"),
-        (scores.brier, "Brier score"),
-    ):
-        figures.append(
+    together = Figure(
+        name="rho-nll",
+        title="rho against nll",
+        words="A sample of the trajectories: how surprised the student is, and how much of that it can learn.",
+        chart=charts.rho_against_nll(scores, selection),
+    )
+    kinds = (("g_hat", "g_hat"), ("rho", "rho"), ("nll", "nll, nats a token"), (scores.brier, "Brier score"))
+    by_teacher, by_length = (
+        [
             Figure(
-                name=f"{column}-teacher".replace("_", "-"),
-                title=f"{title.split(',')[0]} by teacher",
-                words="5 to 95 % of a teacher's trajectories, their middle half, and their median.",
-                chart=charts.by_teacher(scores, column, title),
+                name=f"{column}-{what}".replace("_", "-"),
+                title=f"{title.split(',')[0]} by {what}",
+                words=words,
+                chart=draw(scores, column, title),
             )
+            for column, title in kinds
+        ]
+        for what, words, draw in (
+            ("teacher", "5 to 95 % of a teacher's trajectories, middle half, and median.", charts.by_teacher),
+            ("length", "Median and middle half of the trajectories of each length.", charts.by_length),
         )
+    )
+    figures = [together, by_length[0], *by_teacher, *by_length[1:]]
     words = []
     if usable.sum() > 2:
         bias = _spearman(g_hat[usable], tokens[usable])
