@@ -129,8 +129,14 @@ def small_chunks(monkeypatch):
 
 def children() -> list[psutil.Process]:
     # Python's own tracker, which any spawned process brings along, stays as long as its parent.
-    found = psutil.Process().children(recursive=True)
-    return [process for process in found if "resource_tracker" not in " ".join(process.cmdline())]
+    return [process for process in psutil.Process().children(recursive=True) if not is_tracker(process)]
+
+
+def is_tracker(process: psutil.Process) -> bool:
+    try:
+        return "resource_tracker" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def conversation(answer: str, *, system: str | None = None, question: str = "How many apples?", **columns) -> dict:
