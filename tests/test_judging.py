@@ -1,12 +1,17 @@
 """What a text answers, and whether that is right: the real checker, in its real processes."""
 
+import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from lark_fast.evaluation.answers import EMPTY, NONE, TOO_LONG, UNFINISHED, find_answer, has_answered, last_box
-from lark_fast.evaluation.checker import CHOICE, MATH, UNREADABLE
-from lark_fast.evaluation.judging import TOO_SLOW, Judge, Task, Text
+from lark_fast.evaluation.checker import CHOICE, MATH, UNREADABLE, Verdict
+from lark_fast.evaluation.judging import TOO_SLOW, Judge, Task, Text, _votes_by_words
 
 RIGHT, WRONG = True, False
 MATRIX = r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"
@@ -68,6 +73,26 @@ MATHEMATICS = [
     ("5", r"\boxed{5x}", WRONG),
     ("5", r"\boxed{15}", WRONG),
     ("5", r"\boxed{-5}", WRONG),
+    ("5", r"\boxed{5xy}", WRONG),
+    ("5xy", r"\boxed{5yx}", RIGHT),
+    (r"2\sqrt{3}", r"\boxed{\sqrt{12}}", RIGHT),
+    # Nor is a part of the right answer the right answer.
+    (r"2\sqrt{3}", r"\boxed{2}", WRONG),
+    (r"10\pi", r"\boxed{10}", WRONG),
+    ("3x+4", r"\boxed{3}", WRONG),
+    ("2^{10}", r"\boxed{2}", WRONG),
+    (r"5 \text{ or } 7", r"\boxed{7}", WRONG),
+    (r"\text{June 20}", r"\boxed{20}", WRONG),
+    ("y = 2x + 3", r"\boxed{3}", WRONG),
+    ("18 dollars", r"\boxed{18}", RIGHT),
+    ("50%", r"\boxed{0.5}", RIGHT),
+    # More of how units and answers are written.
+    ("10", r"\boxed{10~\mathrm{cm}^3}", RIGHT),
+    ("18", "A: She sells 9 eggs. The answer is 18, since 9 * 2 = 18.", RIGHT),
+    ("18", "A: She makes 9 * 2 = $18 every day.", RIGHT),
+    ("9", "A: She makes 9 * 2 = $18 every day.", WRONG),
+    ("18", "**Answer:**\n\n18", RIGHT),
+    ("24", "With the area\nA = 6\nthe perimeter is 24", RIGHT),
     # What may stand in a text.
     ("5", "\\boxed{5}\x00", RIGHT),
     ("5", "\ud800\\boxed{5}", RIGHT),
@@ -92,14 +117,37 @@ OPTIONS = [
     ("So the answer is London.", RIGHT),
     ("Rome is far.\n\n**B**", RIGHT),
     ("A: Paris is no island.\nB", RIGHT),
+    (r"\boxed{\textbf{(B)}\ London}", RIGHT),
+    (r"\boxed{\mathrm{B}}", RIGHT),
+    (r"\boxed{\text{(B) London}}", RIGHT),
+    ("(B) London", RIGHT),
+    ("Answer: B - London", RIGHT),
+    ("Answer: B, since it is on an island.", RIGHT),
+    ("The correct option is B.", RIGHT),
     ("The answer is (C).", WRONG),
 ]
-NO_OPTIONS = ["I think a good answer would be London.", "A city is meant.", r"\boxed{E}", "Paris or London"]
+NO_OPTIONS = [
+    "I think a good answer would be London.",
+    "A city is meant.",
+    r"\boxed{E}",
+    "Paris or London",
+    r"\boxed{(A) and (B)}",
+    "Answer: A) or B)",
+    "A. Paris\nB. London",
+    r"\boxed{" + "." * 900 + "1 2}",
+]
+ENDLESS = (r"\boxed{9^{9^{9^{9}}}}", r"\boxed{100000000!}")
 
 
 @pytest.fixture(scope="module")
 def judge():
     with Judge(seconds=2, workers=1) as judge:
+        yield judge
+
+
+@pytest.fixture(scope="module")
+def impatient():
+    with Judge(seconds=1, workers=1) as judge:
         yield judge
 
 
@@ -153,17 +201,75 @@ def test_thoughts_that_the_prompt_opened(judge):
     assert verdict(judge, MATH, "5", "so far \\boxed{5} then", cut=True).correct, "a box is an answer, cut or not"
 
 
-@pytest.mark.parametrize("text", [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{100000000!}"], ids=["tower", "factorial"])
-def test_an_expression_without_end_costs_its_own_text_only(judge, text):
-    started = time.monotonic()
-    texts = tuple(Text(text=one) for one in (r"\boxed{5}", text, r"\boxed{6}", "A: 5"))
-    first, second = judge.judge([Task(kind=MATH, gold="5", texts=texts), Task(kind=MATH, gold="6", texts=texts[2:3])])
-    assert [found.correct for found in first.verdicts] == [True, False, False, True]
-    assert [found.fault for found in first.verdicts] == ["", TOO_SLOW, "", ""]
-    assert first.votes == (0, None, 1, 0)
+def test_an_expression_without_end_costs_its_own_text_only(impatient):
+    texts = tuple(Text(text=text) for text in (r"\boxed{5}", *ENDLESS, r"\boxed{6}", "A: 5"))
+    first, second = impatient.judge(
+        [Task(kind=MATH, gold="5", texts=texts), Task(kind=MATH, gold="6", texts=texts[3:4])]
+    )
+    assert [found.correct for found in first.verdicts] == [True, False, False, False, True]
+    assert [found.fault for found in first.verdicts] == ["", TOO_SLOW, TOO_SLOW, "", ""]
+    assert first.votes == (0, None, None, 1, 0)
     assert first.majority.correct
     assert second.verdicts[0].correct
-    assert time.monotonic() - started < 60, "it ran on"
+
+
+def test_texts_that_cannot_be_compared_keep_their_verdicts(impatient):
+    """Each is soon seen to be no set; whether two of them are equal takes for ever."""
+    answers = (r"\{2, 1\}", "(x+y+z)^{300}", "(x+y+z)^{299}(x+y+z+1)", "(x+y+z)^{300}")
+    (judged,) = impatient.judge(
+        [Task(kind=MATH, gold=r"\{1, 2\}", texts=tuple(Text(text=rf"\boxed{{{answer}}}") for answer in answers))]
+    )
+    assert [(found.correct, found.fault) for found in judged.verdicts] == [(True, ""), *[(False, "")] * 3]
+    assert judged.votes == (0, 1, 2, 1)
+    assert (judged.majority.answer, judged.majority.correct) == ("(x+y+z)^{300}", False)
+
+
+def test_votes_where_values_cannot_be_compared():
+    right, also = Verdict(correct=True, answer="0.5"), Verdict(correct=True, answer="1/2")
+    wrong, none = Verdict(correct=False, answer="7"), Verdict(correct=False, answer="?", fault=UNREADABLE)
+    assert _votes_by_words([wrong, right, none, also, wrong]) == [0, 1, None, 1, 0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process is not told that its parent has died")
+def test_no_process_outlives_a_parent_that_was_killed(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        """
+import multiprocessing
+from lark_fast.evaluation.judging import Judge, Task, Text
+
+def task(text):
+    return Task(kind="math", gold="5", texts=(Text(text=text),))
+
+if __name__ == "__main__":
+    with Judge(seconds=100, workers=1) as judge:
+        list(judge.judge([task("A: 5")]))
+        print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+        list(judge.judge([task(r"\\boxed{100000000!}")]))
+"""
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        children = [int(child) for child in parent.stdout.readline().split()]
+        time.sleep(1)  # until it is in the expression
+        parent.kill()
+    try:
+        assert children
+        for _ in range(100):
+            if not any(map(runs, children)):
+                break
+            time.sleep(0.1)
+        assert not any(map(runs, children))
+    finally:
+        for child in filter(runs, children):
+            os.kill(child, signal.SIGKILL)
+
+
+def runs(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize(

@@ -19,19 +19,27 @@ _EMPHASIS = r"[*_`\s]*"
 _MARKS = [
     re.compile(r"^\s*####\s*(?P<answer>\S.*)$", re.MULTILINE),
     re.compile(
-        rf"^{_EMPHASIS}(?:the\s+)?(?:final\s+)?answer{_EMPHASIS}[:=](?P<answer>.+)$", re.MULTILINE | re.IGNORECASE
-    ),
-    re.compile(
-        r"\banswer(?:\s+to\s+[^.\n:]{1,80})?\s+is(?=\W)\s*:?(?P<answer>[^\n]+?)(?=\.\s|,\s+[A-Za-z]{2}|\s(?:because|since|as)\s|$)",
+        rf"^{_EMPHASIS}(?:the\s+)?(?:final\s+)?answer{_EMPHASIS}[:=]{_EMPHASIS}(?P<answer>[^\s*_`].*)$",
         re.MULTILINE | re.IGNORECASE,
     ),
 ]
-_SHORT_MARK = re.compile(rf"^{_EMPHASIS}A{_EMPHASIS}[:=](?P<answer>.+)$", re.MULTILINE)  # where A is no option
+_SHORT_MARK = re.compile(rf"^{_EMPHASIS}A{_EMPHASIS}:(?P<answer>.+)$", re.MULTILINE)  # where A is no option
+_SENTENCE = re.compile(
+    r"\b(?:answer|(?:correct|right|best)\s+(?:option|choice))(?:\s+to\s+[^.\n:]{1,80})?\s+is(?=\W)\s*:?"
+    r"(?P<answer>[^\n]+?)(?=\.\s|,\s+[A-Za-z]{2}|\s(?:because|since|as)\s|$)",
+    re.MULTILINE | re.IGNORECASE,
+)
 _SET_OFF = re.compile(r"^[*_`\s]+|[*_`\s.]+$")
-_LETTER = r"(?P<letter>[A-Z])"
-_ONLY_LETTER = re.compile(rf"^\W*(?:\\text(?:bf)?\s*\{{)?\W*(?:option|choice)?\W*{_LETTER}\W*$", re.IGNORECASE)
-_LETTER_FIRST = re.compile(rf"^[\W_]*{_LETTER}\s*(?:[).:\]]|\*\*)")
-_LETTER_LINE = re.compile(rf"^[\s*_(\[]*{_LETTER}[\s*_)\].:]*$", re.MULTILINE)
+_NAMED = r"(?:(?:option|choice) )?[(\[]?"
+_ONLY_LETTER = re.compile(rf"^{_NAMED}(?P<letter>[a-z])[)\]]?[.,:;]?$", re.IGNORECASE)
+_LETTER_FIRST = re.compile(
+    rf"^{_NAMED}(?P<letter>[A-Z])(?: ?[)\].:]+|(?= [-\u2013\u2014] )|(?=,? (?:because|since|as)\b))(?P<rest>.*)$",
+    re.IGNORECASE,
+)
+# "(A) or (B)" names neither.
+_ANOTHER = re.compile(r"^ ?(?:(?:[,;/&]|,? ?(?:or|and)\b) ?[(\[]?[A-Z](?:[)\].:]|$)|[(\[][A-Z][)\]])", re.IGNORECASE)
+_LETTER_LINE = re.compile(r"^[\s*_(\[]*(?P<letter>[A-Z])[\s*_)\].:]*$", re.MULTILINE)
+_SET = re.compile(r"\\(?:text|math)(?:bf|rm|sf|tt|it)?\s*\{([^{}]*)\}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,10 +80,11 @@ def find_answer(text: str, *, thinking: bool = False, lettered: bool = False) ->
     if box is not None:
         return _bounded(box)
     end = said[-_MARKED:]
-    for mark in _MARKS if lettered else [_SHORT_MARK, *_MARKS]:
-        marked = list(mark.finditer(end))
+    for mark in [*([] if lettered else [_SHORT_MARK]), *_MARKS, _SENTENCE]:
+        marked = _last(mark, end)
         if marked:
-            return _bounded(_SET_OFF.sub("", marked[-1]["answer"]))
+            # "A: She sells 9 eggs. The answer is 18."
+            return _bounded(_SET_OFF.sub("", _last(_SENTENCE, marked) or marked))
     return Found(answer=said[-LONGEST:].strip(), marked=False)
 
 
@@ -116,22 +125,43 @@ def letter_of(found: Found, choices: Sequence[str]) -> str:
         choices: the options' texts in their order, where they are known.
     """
     known = [chr(ord("A") + place) for place in range(len(choices) or 26)]
+    said = _unset(found.answer)
+    named = _ONLY_LETTER.match(said) if found.marked else None
+    first = None if named else _LETTER_FIRST.match(said)
     if not found.marked:
-        letters = [match["letter"] for match in _LETTER_LINE.finditer(found.answer)]
-        return letters[-1] if letters and letters[-1] in known else ""
-    for form in (_ONLY_LETTER, _LETTER_FIRST):
-        named = form.match(found.answer)
-        if named and named["letter"].upper() in known:
-            return named["letter"].upper()
-    said = _plain(found.answer)
-    same = [letter for letter, choice in zip(known, choices, strict=False) if _plain(choice) == said]
+        letter = _last(_LETTER_LINE, found.answer, group="letter")
+        if letter:
+            return letter if letter in known else ""
+        # A text that repeats the options names none: only a letter and its option, and nothing else, counts.
+        if first is None or _option(first["rest"], choices, known) != first["letter"].upper():
+            return ""
+    elif first is not None and _ANOTHER.match(first["rest"]):
+        return ""
+    named = named or first
+    if named and named["letter"].upper() in known:
+        return named["letter"].upper()
+    return _option(said, choices, known)
+
+
+def _option(said: str, choices: Sequence[str], known: Sequence[str]) -> str:
+    """The letter of the one option whose text is this, else ""."""
+    same = [letter for letter, choice in zip(known, choices, strict=False) if _plain(choice) == _plain(said)]
     return same[0] if len(same) == 1 else ""
 
 
+def _last(mark: re.Pattern, text: str, *, group: str = "answer") -> str:
+    """What the last match holds, "" where there is none."""
+    return next((match[group] for match in reversed(list(mark.finditer(text)))), "")
+
+
+def _unset(text: str) -> str:
+    """A text without what only sets it: fonts, dollars, stars; blanks are single."""
+    return re.sub(r"(?:[\s$*_`~]|\\(?![A-Za-z]))+", " ", _SET.sub(r"\1", text)).strip()
+
+
 def _plain(text: str) -> str:
-    """A text without what only sets it: mark-up, blanks, case."""
-    text = re.sub(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}", r"\1", text)
-    return re.sub(r"[\s$*_`\\.,;:]+", " ", text).strip().casefold()
+    """The same without stops and case."""
+    return re.sub(r"[\s\\.,;:]+", " ", _unset(text)).strip().casefold()
 
 
 def _bounded(answer: str) -> Found:

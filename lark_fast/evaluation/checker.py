@@ -8,7 +8,10 @@ from lark_fast.evaluation.answers import NONE, Found, find_answer, letter_of
 
 MATH, CHOICE = "math", "choice"
 UNREADABLE = "the answer cannot be read"
-_COUNTED = re.compile(r"^[^A-Za-z\\]*\d[\d,./]*\s*[A-Za-z][A-Za-z'.\s-]+$")  # "18 dollars", "$5 per hour"
+# "18 dollars", "$5 per hour", where math-verify would multiply letters; "5xy" and "5 xy" are products.
+_COUNTED = re.compile(r"^[^A-Za-z\\]*\d[\d,./]*\s+(?=.*[A-Za-z]{3})[A-Za-z][A-Za-z'.\s-]+$")
+_SENTENCE = re.compile(r"^[A-Za-z']{2,},?\s+[A-Za-z'][^\\^{}]*\d")  # "She makes 9 * 2 = $18 a day"
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +61,7 @@ def check(
     """
     read = _letter if kind == CHOICE else _mathematics
     equal = _same_letter if kind == CHOICE else _same_value
-    right = [gold] if kind == CHOICE else [*_parsed(gold, boxed=True), *_parsed(gold, boxed=False)]
+    right = [gold] if kind == CHOICE else _value(gold)
     verdicts: list[Verdict] = []
     votes: list[int | None] = []
     ballots: list[object] = []
@@ -89,7 +92,7 @@ def _mathematics(text: Text, _: Sequence[str]) -> tuple[Found, list[object] | No
     if found.fault:
         return found, None
     if found.marked:
-        value = _parsed(found.answer, boxed=not _COUNTED.match(found.answer))
+        value = _value(found.answer)
         return (found, value) if value else (Found(answer=found.answer, fault=UNREADABLE), None)
     if text.cut:
         return Found(fault=NONE), None
@@ -99,6 +102,14 @@ def _mathematics(text: Text, _: Sequence[str]) -> tuple[Found, list[object] | No
 
 def _same_letter(one: list[str], other: list[str]) -> bool:
     return one == other
+
+
+def _value(answer: str) -> list[object]:
+    """What an answer stands for, read as a whole: a part of it, as the 2 of 2\\sqrt{3}, must never count for it."""
+    answer = answer.replace("~", " ")  # a blank that math-verify does not know
+    if _SENTENCE.match(answer):
+        return _parsed(_NUMBER.findall(answer)[-1], boxed=True)
+    return _parsed(answer, boxed=not _COUNTED.match(answer))
 
 
 def _parsed(answer: str, *, boxed: bool) -> list[object]:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 from lark_fast.errors import UserError
 from lark_fast.evaluation.answers import find_answer
-from lark_fast.evaluation.checker import Text, Verdict, check
+from lark_fast.evaluation.checker import CHOICE, MATH, Text, Verdict, check
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
 TOO_SLOW, BROKEN = "judging it takes too long", "judging it fails"
 _MEMORY = 4 << 30  # bytes of a process's address space
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 _WAITING = 64  # problems handed over before the first of them is done
 
 
@@ -97,8 +98,9 @@ class Judge:
         while waiting:
             yield self._result(*waiting.popleft())
 
-    def _hand_over(self, task: Task, texts: Sequence[Text]) -> "Future":
-        return self._pool.schedule(check, args=(task.kind, task.gold, task.choices, texts), timeout=self._seconds)
+    def _hand_over(self, task: Task, texts: Sequence[Text], *, share: int = 1) -> "Future":
+        seconds = self._seconds * share
+        return self._pool.schedule(check, args=(task.kind, task.gold, task.choices, texts), timeout=seconds)
 
     def _result(self, task: Task, future: "Future") -> Judged:
         try:
@@ -112,34 +114,46 @@ class Judge:
 
     def _one_by_one(self, task: Task) -> tuple[list[Verdict], list[int | None]]:
         """Find the texts that cannot be judged, and judge the others."""
-        verdicts: list[Verdict | None] = []
-        for text in task.texts:
+        verdicts: list[Verdict] = []
+        good: list[int] = []
+        for place, text in enumerate(task.texts):
             try:
-                self._hand_over(task, [text]).result()
-                verdicts.append(None)
+                (verdict,), _ = self._hand_over(task, [text]).result()
+                good.append(place)
             except Exception as error:  # as above
                 fault = TOO_SLOW if isinstance(error, TimeoutError) else BROKEN
-                answer = find_answer(text.text, thinking=text.thinking).answer
-                verdicts.append(Verdict(correct=False, answer=answer, fault=fault))
-        good = [place for place, verdict in enumerate(verdicts) if verdict is None]
-        votes: list[int | None] = [None] * len(verdicts)
+                answer = find_answer(text.text, thinking=text.thinking, lettered=task.kind == CHOICE).answer
+                verdict = Verdict(correct=False, answer=answer, fault=fault)
+            verdicts.append(verdict)
         try:
-            found, numbers = self._hand_over(task, [task.texts[place] for place in good]).result()
-        except Exception as error:  # two that can be read may still not be comparable
-            fault = TOO_SLOW if isinstance(error, TimeoutError) else BROKEN
-            found, numbers = [Verdict(correct=False, fault=fault) for _ in good], [None for _ in good]
-        for place, verdict, number in zip(good, found, numbers, strict=True):
-            verdicts[place], votes[place] = verdict, number
+            _, numbers = self._hand_over(task, [task.texts[place] for place in good], share=len(good) or 1).result()
+        except Exception:  # two that can be read may still not be comparable
+            numbers = _votes_by_words([verdicts[place] for place in good])
+        votes: list[int | None] = [None] * len(verdicts)
+        for place, number in zip(good, numbers, strict=True):
+            votes[place] = number
         return verdicts, votes
 
 
+def _votes_by_words(verdicts: Sequence[Verdict]) -> list[int | None]:
+    """Votes where values cannot be compared: right answers are equal, wrong ones where they read the same."""
+    said = [None if verdict.fault else (verdict.correct or verdict.answer) for verdict in verdicts]
+    numbers = {answer: number for number, answer in enumerate(dict.fromkeys(filter(None, said)))}
+    return [numbers.get(answer) for answer in said]
+
+
 def _prepare() -> None:
-    """Make a process ready: its memory bounded, Ctrl-C left to its parent, the slow imports done."""
+    """Make a process ready: its memory bounded, Ctrl-C left to its parent, all that is slow once done."""
+    import ctypes
     import logging
     import resource
     import signal
+    import sys
 
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":  # one that is in an endless expression does not see that its parent was killed
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the time limit that it does not have
-    import math_verify  # noqa: F401
+    # Imports and the parser's tables take a second, which is not the first text's to pay for.
+    check(MATH, "5", (), [Text(text="\\boxed{5}")])
