@@ -41,7 +41,7 @@ def evaluate(
     out: Annotated[str, typer.Option(help="Directory of the evaluation; the same command again goes on.")],
     model: Annotated[str | None, typer.Option(help="Directory or Hugging Face id; an adapter's directory too.")] = None,
     answers: Annotated[
-        str | None, typer.Option(help="A JSONL file of answers made elsewhere, to judge in place of a model.")
+        str | None, typer.Option(help="Answers made elsewhere (JSONL, JSON, Parquet), to judge in place of a model.")
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="The adapter's base, where it is not where the adapter says.")
@@ -116,7 +116,7 @@ def evaluate(
 def compare(
     runs: Annotated[list[str], typer.Argument(help="What `lark-fast eval --out` wrote; the first is the baseline.")],
     out: Annotated[str, typer.Option(help="Directory of comparison.md, comparison.csv and comparison.json.")],
-    overwrite: OverwriteOption = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace these three files.")] = False,
 ) -> None:
     """Evaluations side by side, each with its difference from the first on the same problems."""
     from lark_fast.evaluation.comparison import compare as run
