@@ -1,10 +1,16 @@
 """What reports are made of: a pool full of text that means harm, scored by a real student, and large made-up scores."""
 
+import io
 import json
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
 
+from lark_fast.__main__ import main
 from lark_fast.hashing import hash_fields
 from lark_fast.scoring.learnability import g_hat
 from lark_fast.scoring.parts import part_path, schema, write_part
@@ -20,6 +26,28 @@ HARMFUL = [
     'javascript:alert(3) "onmouseover="alert(4)" \'',
 ]
 NAMES = ["datum.x", "a.b[0]", 'it\'s "quoted"', "<b>bold</b>", "tab\tname", "\u202eright", "</script>"]
+
+
+class Printed(NamedTuple):
+    stdout: str
+    stderr: str
+
+
+def run(*words, code=0):
+    """The real command line, in this process: what it imports, and what draws the figures, is there already."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        redirect_stdout(out),
+        redirect_stderr(err),
+        patch.object(sys, "argv", ["lark-fast", *map(str, words)]),
+    ):
+        try:
+            main()
+            ended = 0
+        except SystemExit as end:
+            ended = end.code or 0
+    assert ended == code, err.getvalue()
+    return Printed(out.getvalue(), err.getvalue())
 
 
 def harmful_records(problems=4):

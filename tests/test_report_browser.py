@@ -62,7 +62,7 @@ def opened(chromium, pages):
         page.on("dialog", lambda dialog: (faults.append(dialog.message), dialog.dismiss()))
         page.on("request", lambda asked: None if asked.url == pages[name].as_uri() else faults.append(asked.url))
         page.goto(pages[name].as_uri())
-        page.wait_for_function(f"document.documentElement.dataset.drawn == '{scheme}'")
+        page.locator(f"html[data-drawn={scheme}]").wait_for()
         return page
 
     yield open_page
@@ -117,7 +117,7 @@ def test_charts_follow_when_it_gets_dark(opened):
     colour = "getComputedStyle(document.querySelector('.role-axis-label text')).fill"
     before = page.evaluate(colour)
     page.emulate_media(color_scheme="dark")
-    page.wait_for_function("document.documentElement.dataset.drawn == 'dark'")
+    page.locator("html[data-drawn=dark]").wait_for()
     assert page.evaluate(colour) != before
 
 

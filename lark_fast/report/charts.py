@@ -3,14 +3,14 @@
 Names that come from a pool are values, never names of fields or parts of an expression.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import altair as alt
 import numpy as np
 from numpy.typing import NDArray
 
-from lark_fast.rendering.inspection import visible
+from lark_fast.report.texts import labels
 
 if TYPE_CHECKING:
     from lark_fast.report.sources import Scores, Selection
@@ -112,12 +112,13 @@ def rho_against_nll(scores: "Scores", selection: "Selection | None") -> alt.Char
     if len(usable) > _POINTS:
         usable = np.sort(np.random.default_rng(0).choice(usable, _POINTS, replace=False))
     weight = np.zeros(len(nll)) if selection is None else selection.weight
+    names = _labelled(scores.rows.teachers[teacher] for teacher in scores.rows.teacher[usable])
     values = [
         {
             "nll": _short(nll[row]),
             "rho": _short(rho[row]),
             "what": SELECTED if weight[row] > 0 else POOL,
-            "teacher": visible(scores.rows.teachers[scores.rows.teacher[row]]),
+            "teacher": names[scores.rows.teachers[scores.rows.teacher[row]]],
             "tokens": int(scores.rows.n_tokens[row]),
         }
         for row in usable
@@ -158,9 +159,9 @@ def histogram(values: NDArray[np.float64], title: str, what: str) -> alt.Chart:
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> alt.Chart:
     """Lines by name, a few hundred points each."""
     values = []
-    for name, points in series.items():
+    for name, points in zip(labels(list(series)), series.values(), strict=True):
         kept = [points[int(place)] for place in np.unique(np.linspace(0, len(points) - 1, _STEPS).astype(int))]
-        values += [{"name": visible(name), "x": float(a), "y": _short(b)} for a, b in kept]
+        values += [{"name": name, "x": float(a), "y": _short(b)} for a, b in kept]
     return (
         _chart(values)
         .mark_line(strokeWidth=2, point=len(values) < 60)
@@ -175,14 +176,15 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) 
 
 def accuracies(rows: Sequence[Mapping[str, Any]]) -> alt.LayerChart:
     """Shares with their intervals: rows of ``run``, ``benchmark``, ``measure``, ``mean``, ``low``, ``high``."""
+    runs, benchmarks = _labelled(row["run"] for row in rows), _labelled(row["benchmark"] for row in rows)
     values = [
-        {key: visible(value) if isinstance(value, str) else value for key, value in row.items()}
-        | {"label": visible(f"{row['benchmark']}, {row['measure']}")}
+        {key: row[key] for key in ("mean", "low", "high")}
+        | {"run": runs[row["run"]], "label": f"{benchmarks[row['benchmark']]}, {row['measure']}"}
         for row in rows
     ]
-    labels = list(dict.fromkeys(value["label"] for value in values))
+    places = list(dict.fromkeys(value["label"] for value in values))
     base = _chart(values, height=24 * max(1, len(values))).encode(
-        y=alt.Y("label:N", sort=labels, title=None, axis=alt.Axis(labelLimit=200)),
+        y=alt.Y("label:N", sort=places, title=None, axis=alt.Axis(labelLimit=200)),
         yOffset=alt.YOffset("run:N", sort=None),
         color=alt.Color("run:N", sort=None, legend=_legend()),
         tooltip=["run:N", "label:N", *(alt.Tooltip(f"{name}:Q", format=".1%") for name in ("mean", "low", "high"))],
@@ -199,11 +201,17 @@ def grouped_teachers(scores: "Scores") -> tuple[NDArray[np.int64], list[str]]:
     order = np.argsort(-counts, kind="stable")
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))
-    names = [visible(scores.rows.teachers[teacher]) or "(no name)" for teacher in order]
-    if len(names) > MOST_NAMES:
+    names = [scores.rows.teachers[teacher] for teacher in order[:MOST_NAMES]]
+    if len(order) > MOST_NAMES:
         place = np.minimum(place, MOST_NAMES)
-        names = [*names[:MOST_NAMES], f"{OTHERS} ({len(names) - MOST_NAMES:,})"]
-    return place[scores.rows.teacher], names
+        names.append(f"{OTHERS} ({len(order) - MOST_NAMES:,})")
+    return place[scores.rows.teacher], labels(names)
+
+
+def _labelled(names: Iterable[str]) -> dict[str, str]:
+    """The label of each name."""
+    distinct = list(dict.fromkeys(names))
+    return dict(zip(distinct, labels(distinct), strict=True))
 
 
 def _chart(values: Sequence[Mapping[str, Any]], height: int = 220) -> alt.Chart:

@@ -4,20 +4,25 @@ Whatever comes from a pool or from files is text here: escaped by the template, 
 the writing direction or act on a terminal are shown as their codes.
 """
 
+import base64
+import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from lark_fast.files import atomic_open, atomic_path
-from lark_fast.rendering.inspection import visible
 from lark_fast.report.sections import Figure, Section
+from lark_fast.report.texts import as_shown, short
 
 _LEVELS = 10  # of the heat strip
 _WARMEST = 6.0  # nats: from here on all are the same colour
 _PNG_WIDTH = 640
+# Vega shortens a long label between the two halves of such a character, and vl-convert refuses one half.
+_ASTRAL = re.compile("[\U00010000-\U0010ffff]")
 
 
 def render(title: str, sections: Sequence[Section]) -> str:
@@ -36,16 +41,16 @@ def render(title: str, sections: Sequence[Section]) -> str:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    environment.filters |= {"heat": _heat, "number": _number, "percent": _percent}
+    environment.filters |= {"heat": _heat, "number": _number, "percent": _percent, "short": short}
     specs = {figure.name: specification(figure) for section in sections for figure in section.figures}
+    bundle = vl_convert.javascript_bundle(vl_version=vl_version_for_vl_convert())
+    scripts = [bundle.replace("</script", "<\\/script"), (here / "page.js").read_text(encoding="utf-8")]
     return environment.get_template("page.html.j2").render(
         title=title,
         sections=sections,
         style=Markup((here / "style.css").read_text(encoding="utf-8")),
-        library=Markup(
-            vl_convert.javascript_bundle(vl_version=vl_version_for_vl_convert()).replace("</script", "<\\/script")
-        ),
-        script=Markup((here / "page.js").read_text(encoding="utf-8")),
+        scripts=[Markup(script) for script in scripts],
+        allowed=" ".join(map(_digest, scripts)),
         specs=Markup(_embedded(specs)),
         levels=[_WARMEST * level / (_LEVELS - 1) for level in range(_LEVELS)],
     )
@@ -59,7 +64,8 @@ def write_figures(directory: Path, sections: Sequence[Section]) -> list[str]:
     directory.mkdir(parents=True, exist_ok=True)
     for section in sections:
         for figure in section.figures:
-            drawn = specification(figure) | {"width": _PNG_WIDTH, "title": figure.title, "background": "white"}
+            wanted = specification(figure) | {"width": _PNG_WIDTH, "title": figure.title, "background": "white"}
+            drawn = _ASTRAL.sub(lambda found: f"U+{ord(found[0]):X}", json.dumps(wanted, ensure_ascii=False))
             path = directory / f"{figure.name}.png"
             with atomic_path(path) as temporary:
                 temporary.write_bytes(vl_convert.vegalite_to_png(drawn, scale=2))
@@ -81,6 +87,11 @@ def specification(figure: Figure) -> dict[str, Any]:
     return chart
 
 
+def _digest(script: str) -> str:
+    """What a content security policy calls a script: no other one runs on the page."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
 def _embedded(value: Any) -> str:
     """JSON inside of a script element: nothing in it can end the element or begin a comment."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
@@ -89,7 +100,7 @@ def _embedded(value: Any) -> str:
 
 def _shown(value: Any) -> Any:
     """What a template prints."""
-    return visible(value, "\n\t") if type(value) is str else value
+    return as_shown(value) if type(value) is str else value
 
 
 def _heat(nll: float) -> str:

@@ -7,7 +7,7 @@ from lark_fast.errors import UserError
 from lark_fast.files import refuse_overlap, writing_to
 from lark_fast.pool.reading import Pool
 from lark_fast.report.config import ReportConfig, ReportSummary
-from lark_fast.report.shown import Problem, add_texts, add_tokens, choose
+from lark_fast.report.shown import MOST_PROBLEMS, Problem, add_texts, add_tokens, choose
 from lark_fast.report.sources import Scores, Selection, read_evaluations, read_selection, read_training
 
 _NEEDED = ("altair", "vl_convert", "jinja2")
@@ -62,8 +62,8 @@ def _checked(config: ReportConfig) -> Path:
         raise UserError(f"--out {config.out}: is a directory")
     if out.exists() and not config.overwrite:
         raise UserError(f"--out {config.out}: exists; --overwrite, or give another name")
-    if config.problems < 0:
-        raise UserError(f"--problems {config.problems}: must be 0 or more")
+    if not 0 <= config.problems <= MOST_PROBLEMS:
+        raise UserError(f"--problems {config.problems}: must be 0 to {MOST_PROBLEMS}, for the page to stay small")
     return out
 
 
@@ -84,4 +84,9 @@ def _shown(config: ReportConfig, scores: Scores, selection: Selection | None) ->
     if config.student is None and (not stored or not Path(str(student)).is_dir()):
         wants = "--student brings them" if student else "--student DIR brings them"
         return problems, [f"Tokens have no colours, for their nll or the student is not at hand; {wants}."]
-    return add_tokens(problems, scores, records, str(student), rescore=config.student is not None), []
+    try:
+        return add_tokens(problems, scores, records, str(student), rescore=config.student is not None), []
+    except UserError as error:
+        if config.student is not None:
+            raise
+        return problems, [f"Tokens have no colours, for the student that was scored is not at hand ({error})."]

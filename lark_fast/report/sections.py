@@ -10,12 +10,17 @@ import numpy as np
 
 from lark_fast.progress import duration
 from lark_fast.report import charts
+from lark_fast.report.measures import effective_sizes, rank_correlation, weighted_mean, weighted_median
+from lark_fast.report.texts import tails
 
 if TYPE_CHECKING:
     import altair as alt
 
     from lark_fast.report.shown import Problem
     from lark_fast.report.sources import Scores, Selection
+
+_MOST_LINES = 200  # of a table of groups
+_MOST_REASONS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +91,7 @@ def _overview(sources: Sources) -> Section:
         ("Student", Path(str(scores.remembered("student") or "?")).name or "?"),
         ("Trajectories", f"{len(rows):,}"),
         ("Problems", f"{rows.n_problems:,}"),
+        ("Candidates a problem", _range(np.bincount(rows.problem))),
         ("Teachers", f"{len(rows.teachers):,}"),
         ("Scored tokens", f"{int(rows.n_tokens.sum()):,}"),
         ("Rejected records", f"{counts.get('rejected', 0):,}"),
@@ -99,7 +105,7 @@ def _overview(sources: Sources) -> Section:
             ("Selected", f"{int(chosen.sum()):,} ({_share(chosen.mean())})"),
             ("Effective size a problem", _number(size)),
         ]
-        before, after = float(np.mean(rows.n_tokens)), _weighted(rows.n_tokens, selection.weight)
+        before, after = float(np.mean(rows.n_tokens)), weighted_mean(rows.n_tokens, selection.weight)
         words.append(
             f"The policy {config.get('policy', '?')} chose {int(chosen.sum()):,} of {len(rows):,} trajectories. By "
             f"weight, a selected trajectory has {after:,.0f} scored tokens where the pool's have {before:,.0f}; "
@@ -152,7 +158,7 @@ def _scores(sources: Sources) -> Section:
     figures = [together, by_length[0], *by_teacher, *by_length[1:]]
     words = []
     if usable.sum() > 2:
-        bias = _spearman(g_hat[usable], tokens[usable])
+        bias = rank_correlation(g_hat[usable], tokens[usable])
         words.append(
             f"Over all trajectories, the rank correlation of g_hat with length is {bias:+.2f}: "
             + (
@@ -170,10 +176,8 @@ def _selection(sources: Sources) -> Section | None:
     scores, selection = sources.scores, sources.selection
     if selection is None:
         return None
-    weight, problem = selection.weight, scores.rows.problem
-    squares = np.bincount(problem, weights=weight**2, minlength=scores.rows.n_problems)
-    sums = np.bincount(problem, weights=weight, minlength=scores.rows.n_problems)
-    sizes = sums[squares > 0] ** 2 / squares[squares > 0]
+    weight = selection.weight
+    sizes = effective_sizes(scores.rows, weight)
     figures = [
         Figure(
             name="teachers",
@@ -221,11 +225,17 @@ def _selection(sources: Sources) -> Section | None:
 def _before_after(sources: Sources) -> Table:
     scores, weight = sources.scores, sources.selection.weight
     rows = []
-    values = {"scored tokens": scores.rows.n_tokens, "nll": scores.column("nll"), "rho": scores.column("rho")}
+    tokens = scores.rows.n_tokens
+    values = {"scored tokens": tokens, "nll": scores.column("nll"), "rho": scores.column("rho")}
     for name, column in {**values, "g_hat": scores.column("g_hat")}.items():
         usable = np.isfinite(column)
-        rows.append((name, _number(float(np.mean(column[usable]))), _number(_weighted(column[usable], weight[usable]))))
-    return Table(head=("mean of", "pool", "selection, by weight"), rows=tuple(rows))
+        if usable.any():
+            pool, selected = np.mean(column[usable]), weighted_mean(column[usable], weight[usable])
+            rows.append((f"mean {name}", _number(float(pool)), _number(selected)))
+    rows.insert(
+        1, ("median scored tokens", *(_number(weighted_median(tokens, by)) for by in (np.ones(len(tokens)), weight)))
+    )
+    return Table(head=("", "pool", "selection, by weight"), rows=tuple(rows))
 
 
 def _problems(sources: Sources) -> Section | None:
@@ -244,17 +254,17 @@ def _evaluation(sources: Sources) -> Section | None:
     if not sources.evaluations:
         return None
     rows, lines = [], []
-    for run, summary in sources.evaluations.items():
+    for run, (directory, summary) in zip(tails(list(sources.evaluations)), sources.evaluations.items(), strict=True):
         for benchmark, found in summary["benchmarks"].items():
             measures = {"ACC@1": "acc_1"}
             if found["n"] > 1:
                 measures |= {f"ACC@{found['n']}": "acc_n", "majority": "majority"}
             for label, key in measures.items():
-                rows.append({"run": Path(run).name or run, "benchmark": benchmark, "measure": label, **found[key]})
+                rows.append({"run": run, "benchmark": benchmark, "measure": label, **found[key]})
             groups = {"": found, **found["groups"]}
             lines += [
                 (
-                    *(run, f"{benchmark} {group}".strip(), f"{part['problems']:,}", str(part["n"])),
+                    *(directory, f"{benchmark} {group}".strip(), f"{part['problems']:,}", str(part["n"])),
                     *(_interval(part[key]) for key in ("acc_1", "acc_n", "majority")),
                 )
                 for group, part in groups.items()
@@ -262,6 +272,7 @@ def _evaluation(sources: Sources) -> Section | None:
     return Section(
         name="evaluation",
         title="Evaluation",
+        words=(f"{len(lines) - _MOST_LINES:,} more groups are not shown.",) if len(lines) > _MOST_LINES else (),
         figures=(
             Figure(
                 name="accuracies",
@@ -271,7 +282,10 @@ def _evaluation(sources: Sources) -> Section | None:
             ),
         ),
         tables=(
-            Table(head=("run", "benchmark", "problems", "answers", "ACC@1", "ACC@n", "majority"), rows=tuple(lines)),
+            Table(
+                head=("run", "benchmark", "problems", "answers", "ACC@1", "ACC@n", "majority"),
+                rows=tuple(lines[:_MOST_LINES]),
+            ),
         ),
     )
 
@@ -284,8 +298,8 @@ def _training(sources: Sources) -> Section | None:
         ("lr", "Learning rate", "Of each step."),
     ):
         series = {
-            Path(name).name or name: [(line["step"], line[key]) for line in lines if _finite(line.get(key))]
-            for name, lines in sources.training.items()
+            name: [(line["step"], line[key]) for line in lines if _finite(line.get(key))]
+            for name, lines in zip(tails(list(sources.training)), sources.training.values(), strict=True)
         }
         series = {name: points for name, points in series.items() if points}
         if series:
@@ -313,11 +327,13 @@ def _left_out(sources: Sources) -> Section:
             Table(
                 head=("records that could not be scored", "number", "for example"),
                 rows=tuple(
-                    (reason, f"{count:,}", (rejects.examples.get(reason) or [""])[0])
-                    for reason, count in rejects.counts.items()
+                    (reason, f"{count:,}", "\n".join(rejects.examples.get(reason, ())))
+                    for reason, count in list(rejects.counts.items())[:_MOST_REASONS]
                 ),
             )
         )
+        if len(rejects.counts) > _MOST_REASONS:
+            words.append(f"{len(rejects.counts) - _MOST_REASONS:,} more kinds of rejects are in rejected.jsonl.")
     else:
         words.append("No record was rejected.")
     if selection is not None and selection.removed:
@@ -340,19 +356,18 @@ def _run(sources: Sources) -> Section:
         facts.append(("Tokens a second", f"{timing['tokens_per_second']:,.0f}"))
     if _finite(timing.get("ceiling_share")):
         facts.append(("Of the matmul ceiling", _share(timing["ceiling_share"])))
+    if scores.log and isinstance(scores.log[-1].get("time"), str):
+        facts.insert(0, ("Scored on", scores.log[-1]["time"][:10]))
     figures = []
-    points = [
-        (line["seconds"], line["tokens_per_second"]) for line in scores.log if _finite(line.get("tokens_per_second"))
-    ]
-    if len(points) > 1:
-        figures.append(
-            Figure(
-                name="throughput",
-                title="Tokens a second",
-                words="Since the start of a scoring run, reading and writing included.",
-                chart=charts.curves({"scoring": sorted(points)}, "seconds", "tokens a second"),
+    for key, name, title, words in (
+        ("tokens_per_second", "throughput", "Tokens a second", "Of each run since its start, all waiting included."),
+        ("device_busy_share", "busy", "How busy the device was", "Share of the time since the start of each run."),
+    ):
+        series = _by_run(scores.log, key)
+        if max(map(len, series.values()), default=0) > 1:
+            figures.append(
+                Figure(name=name, title=title, words=words, chart=charts.curves(series, "seconds", title.lower()))
             )
-        )
     identity = scores.manifest["identity"]
     told = {**{f"{name} version": value for name, value in versions.items()}, **identity}
     table = Table(
@@ -361,19 +376,18 @@ def _run(sources: Sources) -> Section:
     return Section(name="run", title="The run", facts=tuple(facts), figures=tuple(figures), tables=(table,))
 
 
-def _weighted(values: "np.ndarray", weight: "np.ndarray") -> float:
-    return float(np.average(values, weights=weight)) if weight.sum() > 0 else math.nan
+def _by_run(log: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[tuple[float, float]]]:
+    """(seconds, value) of every run of the scoring that went on where the one before was stopped."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for line in log:
+        if _finite(line.get(key)) and _finite(line.get("seconds")):
+            series.setdefault(f"run {line.get('run', 1)}", []).append((line["seconds"], line[key]))
+    return series
 
 
-def _spearman(one: "np.ndarray", other: "np.ndarray") -> float:
-    """Rank correlation; ties share their rank."""
-    ranks = []
-    for values in (one, other):
-        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(count) - (count - 1) / 2)[place])
-    if any(np.ptp(rank) == 0 for rank in ranks):
-        return 0.0
-    return float(np.corrcoef(*ranks)[0, 1])
+def _range(counts: "np.ndarray") -> str:
+    low, high = int(counts.min()), int(counts.max())
+    return str(low) if low == high else f"{low} to {high:,}, median {np.median(counts):g}"
 
 
 def _finite(value: Any) -> bool:

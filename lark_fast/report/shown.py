@@ -9,18 +9,24 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lark_fast.errors import RejectError, UserError
+from lark_fast.kernels.chi2 import effective_sample_size
 from lark_fast.pool.reading import Pool
 from lark_fast.pool.records import NOT_SCORED, Record
 from lark_fast.rendering.inspection import pieces
 from lark_fast.rendering.renderer import Renderer, RenderOptions
+from lark_fast.report.texts import page_bytes, short, without_middle
 from lark_fast.scoring.parts import part_files
 from lark_fast.selection.matching import Matching, RowIndex
 
 if TYPE_CHECKING:
     from lark_fast.report.sources import Scores, Selection
 
-_TEXT_BUDGET = 1_200_000  # characters of all texts together
-_TOKEN_BUDGET = 28_000  # tokens that have a colour of their own
+MOST_PROBLEMS = 100
+_BUDGET = 2_900_000  # bytes of the page for all problems
+_CANDIDATE_BYTES = 1_200  # of a candidate without its text, its names as long as they may be
+_TOKEN_BYTES = 60  # of a token without its text
+_QUESTION_BYTES = 2_500
+_PIECE_BYTES = 300  # of a token's text: blanks can be many
 _MOST_CANDIDATES = 16  # of a problem
 
 
@@ -39,6 +45,7 @@ class Candidate:
 
     Attributes:
         weight: None without a selection.
+        g_hat: among the candidates that filters left.
         removed: the filter that took it out of the selection, "" where none did.
         text: what the assistant says, as it is shown; None where the pool is not at hand.
         tokens: the same by tokens; () where their nll is not known.
@@ -67,7 +74,7 @@ class Problem:
     Attributes:
         question: None where the pool is not at hand.
         left_out: candidates that are not shown.
-        threshold: the g_hat above which weight begins, None where no such line was drawn.
+        why: how its candidates came to their weights, "" where there is nothing to say.
     """
 
     problem_id: str
@@ -75,16 +82,17 @@ class Problem:
     candidates: tuple[Candidate, ...]
     left_out: int
     effective_size: float | None
-    threshold: float | None
+    why: str
 
 
 def choose(scores: "Scores", selection: "Selection | None", count: int) -> list[Problem]:
     """Problems from all over the range: in order of how far apart their candidates' g_hat are, evenly spaced."""
     rows = scores.rows
+    learnability = scores.column("g_hat") if selection is None else selection.g_hat
     order = np.argsort(rows.problem, kind="stable")
     sizes = np.bincount(rows.problem, minlength=rows.n_problems)
     starts = np.cumsum(sizes) - sizes
-    g_hat = np.where(np.isfinite(scores.column("g_hat")), scores.column("g_hat"), np.nan)[order]
+    g_hat = np.where(np.isfinite(learnability), learnability, np.nan)[order]
     with np.errstate(all="ignore"):
         spread = np.fmax.reduceat(g_hat, starts) - np.fmin.reduceat(g_hat, starts)
     several = np.flatnonzero((sizes > 1) & np.isfinite(spread))
@@ -94,10 +102,10 @@ def choose(scores: "Scores", selection: "Selection | None", count: int) -> list[
     members = {}
     for problem in ranked[places].tolist():
         of_problem = order[starts[problem] : starts[problem] + sizes[problem]]
-        own = scores.column("g_hat")[of_problem]
+        own = learnability[of_problem]
         members[problem] = of_problem[np.argsort(np.where(np.isfinite(own), -own, np.inf), kind="stable")]
     names = _candidate_ids(scores, {int(row) for rows in members.values() for row in rows[:_MOST_CANDIDATES]})
-    return [_problem(scores, selection, problem, rows, names) for problem, rows in members.items()]
+    return [_problem(scores, selection, problem, rows, learnability, names) for problem, rows in members.items()]
 
 
 def _candidate_ids(scores: "Scores", rows: set[int]) -> dict[int, str]:
@@ -115,46 +123,62 @@ def _problem(
     selection: "Selection | None",
     problem: int,
     ranked: NDArray[np.integer],
+    g_hat: NDArray[np.float64],
     names: dict[int, str],
 ) -> Problem:
     weight = None if selection is None else selection.weight
     shown = [
         Candidate(
             row=int(row),
-            candidate_id=names[int(row)],
-            teacher=scores.rows.teachers[scores.rows.teacher[row]],
+            candidate_id=short(names[int(row)]),
+            teacher=short(scores.rows.teachers[scores.rows.teacher[row]]),
             n_tokens=int(scores.rows.n_tokens[row]),
             nll=float(scores.column("nll")[row]),
             brier=float(scores.column(scores.brier)[row]),
             rho=float(scores.column("rho")[row]),
-            g_hat=float(scores.column("g_hat")[row]),
+            g_hat=float(g_hat[row]),
             weight=None if weight is None else float(weight[row]),
-            removed="" if selection is None else selection.removed_rows.get(int(row), ""),
+            removed="" if selection is None else short(selection.removed_rows.get(int(row), "")),
         )
         for row in ranked[:_MOST_CANDIDATES]
     ]
     return Problem(
-        problem_id=scores.rows.problem_name(problem),
+        problem_id=short(scores.rows.problem_name(problem)),
         question=None,
         candidates=tuple(shown),
         left_out=len(ranked) - len(shown),
         effective_size=None if weight is None else _effective(weight[ranked]),
-        threshold=None if selection is None else _threshold(selection, scores.column("g_hat")[ranked]),
+        why="" if selection is None else _why(selection, ranked[np.isfinite(g_hat[ranked])]),
     )
 
 
 def _effective(weights: NDArray[np.float64]) -> float:
-    squares = float(np.square(weights).sum())
-    return float(weights.sum()) ** 2 / squares if squares else 0.0
+    total = weights.sum()
+    return float(effective_sample_size(weights / total)) if total else 0.0
 
 
-def _threshold(selection: "Selection", g_hat: NDArray[np.float64]) -> float | None:
-    """nu of a plain chi2 selection with a budget: the first g_hat that gets no weight (SPEC 3: e_{B+1})."""
-    config = selection.manifest.get("config", {})
-    budget = config.get("budget")
-    plain = config.get("policy") == "chi2" and not config.get("constraints") and not selection.removed
-    ranked = g_hat[np.isfinite(g_hat)]
-    return float(ranked[budget]) if plain and budget and len(ranked) > budget else None
+def _why(selection: "Selection", ranked: NDArray[np.integer]) -> str:
+    """What a problem's weights follow from, in words.
+
+    Args:
+        selection: whose policy it was.
+        ranked: rows that could be chosen, by their g_hat from the highest down.
+    """
+    config = selection.manifest.get("config") or {}
+    budget, policy = config.get("budget"), config.get("policy")
+    if config.get("constraints"):
+        return "Its weights follow from the constraints, which tie all problems together."
+    if budget and len(ranked) <= budget and (selection.weight[ranked] > 0).all():
+        return f"There are no more candidates than the budget of {budget}: none is left out."
+    if policy != "chi2" or not budget or len(ranked) <= budget:
+        return ""
+    if selection.weight[ranked[budget]] > 0:
+        return "The best candidates are equal in g_hat, and share the weight."
+    # nu of SPEC 3: the first g_hat that gets no weight.
+    return (
+        f"Weight begins above g_hat {selection.g_hat[ranked[budget]]:.4g}, that of the best candidate left out, and "
+        "grows with the distance from it."
+    )
 
 
 def add_texts(problems: Sequence[Problem], scores: "Scores", pool: Pool) -> tuple[list[Problem], dict[int, Record]]:
@@ -171,17 +195,21 @@ def add_texts(problems: Sequence[Problem], scores: "Scores", pool: Pool) -> tupl
             records[row] = record
     if not wanted <= records.keys():
         matching.refuse_another_pool()
-    budget = _TEXT_BUDGET // max(1, len(wanted))
     found = []
     for problem in problems:
         candidates = []
         for candidate in problem.candidates:
-            text, cut = _middle_left_out(_said(records[candidate.row]), budget)
+            text, cut = without_middle(_said(records[candidate.row]), _text_budget(problems))
             candidates.append(replace(candidate, text=text, cut=cut))
-        first = records[problem.candidates[0].row]
-        question, _ = _middle_left_out(_asked(first), 4_000)
+        question, _ = without_middle(_asked(records[problem.candidates[0].row]), _QUESTION_BYTES)
         found.append(replace(problem, question=question, candidates=tuple(candidates)))
     return found, records
+
+
+def _text_budget(problems: Sequence[Problem]) -> int:
+    """Bytes of the page for a candidate's text."""
+    candidates = sum(len(problem.candidates) for problem in problems)
+    return max(0, _BUDGET - _QUESTION_BYTES * len(problems)) // max(1, candidates) - _CANDIDATE_BYTES
 
 
 def _said(record: Record) -> str:
@@ -190,14 +218,6 @@ def _said(record: Record) -> str:
 
 def _asked(record: Record) -> str:
     return "\n\n".join(m["content"] for m in record.messages or () if m["role"] == "user")
-
-
-def _middle_left_out(text: str, budget: int) -> tuple[str, int]:
-    """(text, characters left out)."""
-    if len(text) <= budget:
-        return text, 0
-    half = budget // 2
-    return f"{text[:half]}\n[...]\n{text[-half:]}", len(text) - 2 * half
 
 
 def add_tokens(
@@ -218,7 +238,8 @@ def add_tokens(
     from lark_fast.student import fingerprint, load_config, load_student, load_tokenizer
 
     identity = scores.manifest["identity"]
-    if fingerprint(student)["tokenizer"] != identity["tokenizer"]:
+    prints = fingerprint(student)
+    if prints["tokenizer"] != identity["tokenizer"]:
         raise UserError(f"--student {student}: has another tokenizer than the student that was scored")
     options = RenderOptions(**{name: identity[name] for name in RenderOptions.__dataclass_fields__})
     stored = _stored_tokens(scores, set(records)) if identity.get("per_token") else {}
@@ -226,6 +247,8 @@ def add_tokens(
     if not stored:
         if not rescore:
             return list(problems)
+        if prints["weights"] != identity["student"]:
+            raise UserError(f"--student {student}: is not the student that was scored, its weights are others")
         from lark_fast.scoring.scorer import Scorer
 
         scorer = Scorer(load_student(student, dtype=identity["dtype"]), options=options)
@@ -233,20 +256,26 @@ def add_tokens(
         renderer = Renderer(load_tokenizer(student), options, vocab_size=load_config(student).vocab_size)
     else:
         renderer = scorer.renderer
-    budget = _TOKEN_BUDGET // max(1, len(records))
     found = []
     for problem in problems:
         candidates = []
         for candidate in problem.candidates:
             tokens = _tokens(records[candidate.row], renderer, stored.get(candidate.row), scorer)
-            half = max(20, budget // 2)
-            cut = max(0, len(tokens) - 2 * half)
-            if cut:
-                gap = Token(text=f"\n[... {cut:,} tokens ...]\n", nll=float("nan"))
-                tokens = [*tokens[:half], gap, *tokens[-half:]]
-            candidates.append(replace(candidate, tokens=tuple(tokens), cut=cut or candidate.cut))
+            shown, cut = _ends(tokens, _text_budget(problems))
+            candidates.append(replace(candidate, tokens=shown, cut=cut if shown else candidate.cut))
         found.append(replace(problem, candidates=tuple(candidates)))
     return found
+
+
+def _ends(tokens: Sequence[Token], budget: int) -> tuple[tuple[Token, ...], int]:
+    """(tokens, how many are left out in the middle) where all take more than ``budget`` bytes of the page."""
+    sizes = np.cumsum([_TOKEN_BYTES + page_bytes(token.text) for token in tokens])
+    if not len(sizes) or sizes[-1] <= budget:
+        return tuple(tokens), 0
+    first = int(np.searchsorted(sizes, budget // 2, side="right"))
+    last = int(np.searchsorted(sizes, sizes[-1] - budget // 2, side="left")) + 1
+    gap = Token(text=f"\n[... {last - first:,} tokens ...]\n", nll=float("nan"))
+    return (*tokens[:first], gap, *tokens[last:]), last - first
 
 
 def _stored_tokens(scores: "Scores", rows: set[int]) -> dict[int, tuple[Sequence[float], Sequence[int]]]:
@@ -275,6 +304,6 @@ def _tokens(record: Record, renderer: Renderer, stored: tuple | None, scorer: ob
     if len(stored[0]) != len(scored):
         return []
     return [
-        Token(text=texts[place], nll=float(nll), rank=int(rank))
+        Token(text=short(texts[place], _PIECE_BYTES), nll=float(nll), rank=int(rank))
         for place, nll, rank in zip(scored, *stored, strict=True)
     ]

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from lark_fast.errors import UserError
 from lark_fast.evaluation.results import SUMMARY, read_results
+from lark_fast.scoring.learnability import g_hat
 from lark_fast.scoring.store import read_manifest
 from lark_fast.selection.scored_rows import ScoredRows, key_hash, key_hashes
 
-SHOWN_LINES = 5  # examples of a reason
+SHOWN_LINES = 3  # examples of a reason
 _READ_LINES = 100_000  # of a log: more are counted, not looked into
 
 
@@ -29,6 +30,7 @@ class Selection:
 
     Attributes:
         weight: ``[R]``, 0 where a trajectory was not selected.
+        g_hat: ``[R]``, of what filters left; NaN where they removed a trajectory.
         manifest: of the selection.
         removed: filters with the number of trajectories that they took out.
         removed_rows: the filter, by row.
@@ -36,6 +38,7 @@ class Selection:
 
     directory: str
     weight: NDArray[np.float64]
+    g_hat: NDArray[np.float64]
     manifest: dict[str, Any]
     removed: dict[str, int]
     removed_rows: dict[int, str]
@@ -124,13 +127,25 @@ def read_selection(directory: str, scores: Scores) -> Selection:
     removed = read_log(path / "removed.jsonl") if (path / "removed.jsonl").exists() else []
     by_key = {key_hash((str(one["problem_id"]), str(one["candidate_id"]))): one["reason"] for one in removed}
     gone = np.flatnonzero(np.isin(there, np.fromiter(by_key, dtype=np.uint64, count=len(by_key))))
+    removed_rows = {int(order[place]): by_key[int(there[place])] for place in gone}
     return Selection(
         directory=directory,
         weight=weight,
+        g_hat=_g_hat_without(scores, list(removed_rows)),
         manifest=manifest,
         removed=dict(Counter(by_key.values()).most_common()),
-        removed_rows={int(order[place]): by_key[int(there[place])] for place in gone},
+        removed_rows=removed_rows,
     )
+
+
+def _g_hat_without(scores: Scores, removed: list[int]) -> NDArray[np.float64]:
+    """What filters leave is compared among itself, as ``lark-fast select`` does."""
+    stored = scores.column("g_hat")
+    if not removed:
+        return stored
+    nll = scores.column("nll").copy()
+    nll[removed] = np.nan
+    return np.where(np.isnan(stored), np.nan, g_hat(nll, scores.column(scores.brier), scores.rows.problem))
 
 
 def read_training(directory: str) -> list[dict[str, Any]]:

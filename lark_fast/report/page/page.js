@@ -24,7 +24,11 @@
     const config = configuration();
     for (const view of views.splice(0)) view.finalize();
     for (const box of document.querySelectorAll("[data-chart]")) {
-      const options = { actions: false, renderer: "svg", config, tooltip: { theme: dark.matches ? "dark" : "light" } };
+      const options = {
+        // The page's policy forbids making code of text: expressions are interpreted.
+        ast: true,
+        actions: false, renderer: "svg", config, tooltip: { theme: dark.matches ? "dark" : "light" },
+      };
       const made = await vegaEmbed(box, specs[box.dataset.chart], options);
       views.push(made);
     }
