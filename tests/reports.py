@@ -25,7 +25,7 @@ HARMFUL = [
     "nothing \x00, a line\u2028break, \x9b31m",
     'javascript:alert(3) "onmouseover="alert(4)" \'',
 ]
-NAMES = ["datum.x", "a.b[0]", 'it\'s "quoted"', "<b>bold</b>", "tab\tname", "\u202eright", "</script>"]
+NAMES = ["datum.x", "a.b[0]", 'it\'s "quoted"', "<b>bold</b>", "constructor", "\u202eright", "</script>"]
 
 
 class Printed(NamedTuple):

@@ -86,6 +86,24 @@ MATHEMATICS = [
     ("y = 2x + 3", r"\boxed{3}", WRONG),
     ("18 dollars", r"\boxed{18}", RIGHT),
     ("50%", r"\boxed{0.5}", RIGHT),
+    # Words say what a number is.
+    ("4", r"\boxed{4 million}", WRONG),
+    ("4", r"\boxed{4\text{ million}}", WRONG),
+    ("4", r"\boxed{4 and a half}", WRONG),
+    ("5", r"\boxed{5\text{ or more}}", WRONG),
+    ("5", "Answer: The value is at least 5", WRONG),
+    ("3", "Answer: no solution for n = 3", WRONG),
+    ("3", "A: Tom has 5 and Ann has 3", WRONG),
+    ("listen", r"\boxed{silent}", WRONG),
+    ("silent", r"\boxed{\text{Silent}}", RIGHT),
+    # Digits of small numbers.
+    (r"6.6 \times 10^{-34}", r"\boxed{1.2 \times 10^{-34}}", WRONG),
+    (r"6.6 \times 10^{-34}", r"\boxed{6.6 \cdot 10^{-34}}", RIGHT),
+    ("0.0000004", r"\boxed{0.0000003}", WRONG),
+    # What may stand behind an answer, or around it.
+    ("5", r"\boxed{5.}", RIGHT),
+    ("18", "Final answer:\n\\[\n18\n\\]", RIGHT),
+    ("18", "**Correct answer:** 18", RIGHT),
     # More of how units and answers are written.
     ("10", r"\boxed{10~\mathrm{cm}^3}", RIGHT),
     ("18", "A: She sells 9 eggs. The answer is 18, since 9 * 2 = 18.", RIGHT),
@@ -119,6 +137,8 @@ OPTIONS = [
     ("A: Paris is no island.\nB", RIGHT),
     (r"\boxed{\textbf{(B)}\ London}", RIGHT),
     (r"\boxed{\mathrm{B}}", RIGHT),
+    (r"\boxed{{B}}", RIGHT),
+    ("Correct answer: B", RIGHT),
     (r"\boxed{\text{(B) London}}", RIGHT),
     ("(B) London", RIGHT),
     ("Answer: B - London", RIGHT),
@@ -292,6 +312,14 @@ def test_texts_made_to_be_slow(judge, text):
 def test_what_cannot_be_read(judge):
     found = verdict(judge, MATH, "5", r"\boxed{\text{}}")
     assert (found.correct, found.fault, found.answer) == (False, UNREADABLE, r"\text{}")
+
+
+def test_all_right_answers_are_one_vote(judge):
+    texts = tuple(Text(text=text) for text in (r"\boxed{0.5}", r"\boxed{50\%}", r"\boxed{50}"))
+    (judged,) = judge.judge([Task(kind=MATH, gold="50", texts=texts)])
+    assert [one.correct for one in judged.verdicts] == [False, True, True]
+    assert judged.votes == (0, 1, 1)
+    assert judged.majority.correct
 
 
 def test_votes(judge):

@@ -19,7 +19,8 @@ _EMPHASIS = r"[*_`\s]*"
 _MARKS = [
     re.compile(r"^\s*####\s*(?P<answer>\S.*)$", re.MULTILINE),
     re.compile(
-        rf"^{_EMPHASIS}(?:the\s+)?(?:final\s+)?answer{_EMPHASIS}[:=]{_EMPHASIS}(?P<answer>[^\s*_`].*)$",
+        rf"^{_EMPHASIS}(?:the\s+)?(?:(?:final|correct|right)\s+)?answer{_EMPHASIS}[:=]{_EMPHASIS}"
+        rf"(?:(?:\\\[|\$\$){_EMPHASIS})?(?P<answer>[^\s*_`].*)$",
         re.MULTILINE | re.IGNORECASE,
     ),
 ]
@@ -125,7 +126,7 @@ def letter_of(found: Found, choices: Sequence[str]) -> str:
         choices: the options' texts in their order, where they are known.
     """
     known = [chr(ord("A") + place) for place in range(len(choices) or 26)]
-    said = _unset(found.answer)
+    said = unset(found.answer).strip("{} ")
     named = _ONLY_LETTER.match(said) if found.marked else None
     first = None if named else _LETTER_FIRST.match(said)
     if not found.marked:
@@ -154,14 +155,14 @@ def _last(mark: re.Pattern, text: str, *, group: str = "answer") -> str:
     return next((match[group] for match in reversed(list(mark.finditer(text)))), "")
 
 
-def _unset(text: str) -> str:
+def unset(text: str) -> str:
     """A text without what only sets it: fonts, dollars, stars; blanks are single."""
     return re.sub(r"(?:[\s$*_`~]|\\(?![A-Za-z]))+", " ", _SET.sub(r"\1", text)).strip()
 
 
 def _plain(text: str) -> str:
     """The same without stops and case."""
-    return re.sub(r"[\s\\.,;:]+", " ", _unset(text)).strip().casefold()
+    return re.sub(r"[\s\\.,;:]+", " ", unset(text)).strip().casefold()
 
 
 def _bounded(answer: str) -> Found:

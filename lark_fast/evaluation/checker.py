@@ -4,13 +4,23 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lark_fast.evaluation.answers import NONE, Found, find_answer, letter_of
+from lark_fast.evaluation.answers import NONE, Found, find_answer, letter_of, unset
 
 MATH, CHOICE = "math", "choice"
 UNREADABLE = "the answer cannot be read"
 # "18 dollars", "$5 per hour", where math-verify would multiply letters; "5xy" and "5 xy" are products.
 _COUNTED = re.compile(r"^[^A-Za-z\\]*\d[\d,./]*\s+(?=.*[A-Za-z]{3})[A-Za-z][A-Za-z'.\s-]+$")
 _SENTENCE = re.compile(r"^[A-Za-z']{2,},?\s+[A-Za-z'][^\\^{}]*\d")  # "She makes 9 * 2 = $18 a day"
+_WORDS = re.compile(r"^[A-Za-z]{4,}(?: [A-Za-z]+)*$")  # math-verify would multiply their letters
+# "4 million", "at least 5", "4 and a half"; commands such as \\times are none of them.
+_OTHERWISE = re.compile(
+    r"(?<![\\A-Za-z])(?:hundred|thousand|million|billion|trillion|dozen|half|halves|thirds?|quarters?|squared|cubed|plus|"
+    r"minus|times|not?|cannot|never|at (?:least|most)|(?:less|more|greater|fewer|smaller|larger) than|or (?:more|less))"
+    r"(?![A-Za-z])",
+    re.IGNORECASE,
+)
+_END = re.compile(r"(?:[.,;\s]|\\\\)+$")
+_SMALL = 1e-3  # below it six decimals are too few
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
 
 
@@ -67,12 +77,14 @@ def check(
     ballots: list[object] = []
     for text in texts:
         found, value = read(text, choices)
-        verdicts.append(
-            Verdict(correct=value is not None and equal(right, value), answer=found.answer, fault=found.fault)
-        )
+        correct = value is not None and equal(right, value)
+        verdicts.append(Verdict(correct=correct, answer=found.answer, fault=found.fault))
         vote = None
         if value is not None:
-            vote = next((number for number, other in enumerate(ballots) if equal(other, value)), len(ballots))
+            # All right answers are one: 50 % is 50 and 0.5, which does not make these equal.
+            same = (other is right if correct else other is not right and equal(other, value) for other in ballots)
+            vote = next((number for number, alike in enumerate(same) if alike), len(ballots))
+            value = right if correct else value
             if vote == len(ballots):
                 ballots.append(value)
         votes.append(vote)
@@ -105,10 +117,17 @@ def _same_letter(one: list[str], other: list[str]) -> bool:
 
 
 def _value(answer: str) -> list[object]:
-    """What an answer stands for, read as a whole: a part of it, as the 2 of 2\\sqrt{3}, must never count for it."""
-    answer = answer.replace("~", " ")  # a blank that math-verify does not know
+    """What an answer stands for, read as a whole: a part of it, as the 2 of 2\\sqrt{3}, must never count for it.
+
+    Words, and numbers of which words say something else, stand for their text alone.
+    """
+    answer = _END.sub("", answer.replace("~", " "))  # a blank that math-verify does not know
+    words = unset(answer)
+    if _WORDS.match(words) or (_OTHERWISE.search(words) and any(map(str.isdigit, words))):
+        return [words.casefold()]
     if _SENTENCE.match(answer):
-        return _parsed(_NUMBER.findall(answer)[-1], boxed=True)
+        numbers = _NUMBER.findall(answer.rpartition("=")[2])
+        return _parsed(numbers[0], boxed=True) if len(numbers) == 1 else [words.casefold()]
     return _parsed(answer, boxed=not _COUNTED.match(answer))
 
 
@@ -130,4 +149,15 @@ def _parsed(answer: str, *, boxed: bool) -> list[object]:
 def _same_value(one: list[object], other: list[object]) -> bool:
     from math_verify import verify
 
-    return bool(verify(one, other, timeout_seconds=None))
+    return bool(verify(one, other, timeout_seconds=None)) and not _differ_in_digits(one, other)
+
+
+def _differ_in_digits(one: list[object], other: list[object]) -> bool:
+    """Small numbers are compared by their digits: math-verify rounds both to six decimals."""
+    from sympy import Expr
+
+    heads = [values[0] for values in (one, other) if values]
+    if len(heads) < 2 or not all(isinstance(head, Expr) and head.is_number and head.is_real for head in heads):
+        return False
+    a, b = map(float, heads)
+    return 0 < abs(a) < _SMALL and abs(a - b) > 1e-3 * abs(a)

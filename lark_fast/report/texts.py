@@ -8,6 +8,18 @@ from lark_fast.rendering.inspection import visible
 
 NAME_BYTES = 90
 _GAP = "[...]"
+_JAVASCRIPTS_OWN = {
+    *(
+        "constructor",
+        "hasOwnProperty",
+        "isPrototypeOf",
+        "propertyIsEnumerable",
+        "toLocaleString",
+        "toString",
+        "valueOf",
+    ),
+    *("__proto__", "__defineGetter__", "__defineSetter__", "__lookupGetter__", "__lookupSetter__"),
+}
 
 
 def as_shown(text: str) -> str:
@@ -39,6 +51,8 @@ def labels(names: Sequence[str]) -> list[str]:
     found: dict[str, None] = {}
     for name in names:
         label = shown = visible(short(name)) or "(no name)"
+        if shown in _JAVASCRIPTS_OWN:
+            label = shown = f"{shown} "  # Vega looks names up in objects, which have these already
         number = 1
         while label in found:
             number += 1
