@@ -246,9 +246,7 @@ def load_student(
     place = choose_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: not one of auto, {', '.join(DTYPES)}")
-    chosen = DTYPES.get(dtype, "auto")
-    if dtype == "auto" and place.type == "cpu":
-        chosen = torch.bfloat16 if multiplies_bfloat16(place) else torch.float32
+    chosen = DTYPES.get(dtype_on(place, dtype), "auto")
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -350,6 +348,13 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {_one_line(error)}") from error
     return device
+
+
+def dtype_on(device: torch.device, dtype: str) -> str:
+    """What "auto" is on a device: on a CPU what it multiplies well; elsewhere "auto", which is the checkpoint's own."""
+    if dtype == "auto" and device.type == "cpu":
+        return "bfloat16" if multiplies_bfloat16(device) else "float32"
+    return dtype
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -116,14 +116,17 @@ def test_before_and_after(directory, done, forks, tmp_path):
     run = forks.run("compare", tmp_path / "before", out, "--out", tmp_path / "compared")
     assert "+75.0" in run.stdout
     assert "+75.0" in (tmp_path / "compared/comparison.md").read_text()
+    assert "was not made as" not in run.stdout
     assert json.loads((tmp_path / "compared/comparison.json").read_text())
 
 
-def test_text_behind_the_answer_where_it_is_wanted(directory, forks, tmp_path):
+def test_text_behind_the_answer_where_it_is_wanted(directory, done, forks, tmp_path):
     forks.run(*evaluate(directory, tmp_path / "e", "--no-stop-at-answer", "--limit", 2))
     texts = [line["answers"][0]["text"] for line in lines(tmp_path / "e/generations.jsonl")]
     assert texts[0] == "2 and 4 is \\boxed{6}. Done."
     assert len(texts) == 2
+    compared = forks.run("compare", directory / "eval", tmp_path / "e", "--out", tmp_path / "compared")
+    assert "stop_at_answer False instead of True" in compared.stdout
 
 
 def test_killed_and_gone_on_with(directory, forks, tmp_path):

@@ -50,14 +50,22 @@ def compare(runs: Sequence[str], out: str, *, overwrite: bool = False) -> list[s
     first = runs[0]
     differences = [difference for run in runs[1:] for difference in _differences(first, run, found)]
     rows = [row for run, (summary, _) in found.items() for row in _rows(run, summary)]
+    cautions = [caution for run in runs[1:] for caution in _cautions(first, run, found)]
     with writing_to(out):
         Path(out).mkdir(parents=True, exist_ok=True)
-        write_json(Path(out) / "comparison.json", {"baseline": first, "runs": rows, "differences": differences})
+        write_json(
+            Path(out) / "comparison.json",
+            {"baseline": first, "runs": rows, "differences": differences, "cautions": cautions},
+        )
         with atomic_open(Path(out) / "comparison.csv") as file:
             file.write(_as_csv(rows))
         with atomic_open(Path(out) / "comparison.md") as file:
-            file.write(_as_markdown(found, rows, differences))
-    return [*map(_said, differences), f"{out}: comparison.md, comparison.csv and comparison.json"]
+            file.write(_as_markdown(found, rows, differences, cautions))
+    return [
+        *map(_said, differences),
+        *map(visible, cautions),
+        f"{out}: comparison.md, comparison.csv and comparison.json",
+    ]
 
 
 def _rows(run: str, summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -112,6 +120,15 @@ def _differences(first: str, run: str, found: Mapping[str, Any]) -> Iterator[dic
             }
 
 
+def _cautions(first: str, run: str, found: Mapping[str, Any]) -> Iterator[str]:
+    """Settings in which a run differs from the first, so that the model is not all that differs."""
+    theirs, ours = (found[name][0].get("settings", {}) for name in (first, run))
+    differing = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    if differing:
+        told = ", ".join(f"{name} {ours.get(name)} instead of {theirs.get(name)}" for name in differing)
+        yield f"{run} was not made as {first} was: {told}"
+
+
 def _by_problem(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[str, Any]]:
     return {(line["benchmark"], line["problem_id"]): line for line in lines}
 
@@ -156,7 +173,10 @@ def _no_formula(value: Any) -> Any:
 
 
 def _as_markdown(
-    found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]
+    found: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    differences: Sequence[Mapping[str, Any]],
+    cautions: Sequence[str],
 ) -> str:
     """A table a measure, runs down and benchmarks across, and the differences."""
     benchmarks = list(dict.fromkeys((row["benchmark"], row["group"]) for row in rows))
@@ -186,7 +206,8 @@ def _as_markdown(
     parts += [
         "## Differences on the same problems\n",
         _table(head, lines),
-        "Intervals are bootstrapped over problems; p is that of a paired sign-flip test.\n",
+        "Intervals are bootstrapped over problems, exact where all are alike; p is of a paired sign-flip test.\n",
+        *(f"- {_escaped(caution)}\n" for caution in cautions),
     ]
     return "\n".join(parts)
 

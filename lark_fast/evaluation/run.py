@@ -70,10 +70,10 @@ def _judge_given(config: EvalConfig, questions: Sequence[Question]) -> EvalSumma
 
 def _ask(config: EvalConfig, files: "ModelFiles", questions: Sequence[Question]) -> EvalSummary:
     from lark_fast.evaluation.prompts import Prompter
-    from lark_fast.student import choose_device, load_config, load_tokenizer
+    from lark_fast.student import choose_device, dtype_on, load_config, load_tokenizer
 
-    device = str(choose_device(config.device))
-    backend = choose_backend(config.backend, device)
+    place = choose_device(config.device)
+    device, backend = str(place), choose_backend(config.backend, str(place))
     prompter = Prompter(
         load_tokenizer(files.tokenizer, config.trust_remote_code),
         chat_template=config.chat_template,
@@ -81,7 +81,7 @@ def _ask(config: EvalConfig, files: "ModelFiles", questions: Sequence[Question])
         max_new_tokens=config.sampling.max_new_tokens,
     )
     prompts = [prompter(question) for question in questions]
-    settings = asdict(config.sampling) | {"backend": backend, "dtype": config.dtype}
+    settings = asdict(config.sampling) | {"backend": backend, "dtype": dtype_on(place, config.dtype)}
     identity = files.identity() | settings | {"chat_template": prompter.template.hash}
     with EvalStore(config.out, identity, overwrite=config.overwrite) as store, writing_to(config.out):
         missing = [place for place, question in enumerate(questions) if store.answers(question) is None]
