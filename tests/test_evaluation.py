@@ -232,6 +232,12 @@ def test_bad_input(directory, forks, tmp_path, more, said):
     assert run.stderr.count("\n") == 1
 
 
+def test_nothing_is_asked_that_nobody_could_judge(directory, forks, tmp_path):
+    run = forks.run(*evaluate(directory, tmp_path / "e"), code=2, before="sys.modules['pebble'] = None")
+    assert "needs pebble: pip install 'lark-fast[eval]'" in run.stderr
+    assert not (tmp_path / "e").exists()
+
+
 def test_a_directory_that_is_taken(directory, done, forks, tmp_path):
     out, _ = done
     assert (

@@ -4,6 +4,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from lark_fast.errors import UserError
@@ -13,6 +14,7 @@ from lark_fast.evaluation.checker import CHOICE, MATH, Text, Verdict, check
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+_NEEDED = ("math_verify", "pebble", "scipy")
 TOO_SLOW, BROKEN = "judging it takes too long", "judging it fails"
 _MEMORY = 4 << 30  # bytes of a process's address space
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -58,7 +60,7 @@ class Judge:
         workers: processes; None: one a core, four at most.
 
     Raises:
-        UserError: math-verify or pebble is missing.
+        UserError: see ``refuse_without_judge``.
     """
 
     def __init__(self, *, seconds: float = 10.0, workers: int | None = None) -> None:
@@ -67,11 +69,9 @@ class Judge:
     def __enter__(self) -> "Judge":
         import multiprocessing
 
-        try:
-            import math_verify  # noqa: F401 - the processes need it
-            from pebble import ProcessPool
-        except ImportError as error:
-            raise UserError(f"judging answers needs {error.name}: pip install 'lark-fast[eval]'") from error
+        refuse_without_judge()
+        from pebble import ProcessPool
+
         # A fork would take over the threads' locks of torch.
         self._pool = ProcessPool(
             max_workers=self._workers, initializer=_prepare, context=multiprocessing.get_context("spawn")
@@ -133,6 +133,17 @@ class Judge:
         for place, number in zip(good, numbers, strict=True):
             votes[place] = number
         return verdicts, votes
+
+
+def refuse_without_judge() -> None:
+    """Before a model writes for hours what nobody could judge.
+
+    Raises:
+        UserError: a package that judging or measuring needs is not installed.
+    """
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise UserError(f"judging answers needs {', '.join(missing)}: pip install 'lark-fast[eval]'")
 
 
 def _votes_by_words(verdicts: Sequence[Verdict]) -> list[int | None]:

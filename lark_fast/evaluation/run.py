@@ -15,6 +15,7 @@ from lark_fast.evaluation.backends.backend import Answer, Prompt, choose_backend
 from lark_fast.evaluation.benchmarks import Question, read_benchmarks
 from lark_fast.evaluation.config import EvalConfig
 from lark_fast.evaluation.given import read_answers
+from lark_fast.evaluation.judging import refuse_without_judge
 from lark_fast.evaluation.store import EvalStore
 from lark_fast.evaluation.summary import EvalSummary
 from lark_fast.evaluation.verdicts import judge_answers
@@ -40,6 +41,7 @@ def evaluate(config: EvalConfig) -> EvalSummary:
     """
     if (config.model is None) == (config.answers is None):
         raise UserError("--model and --answers: give one of them")
+    refuse_without_judge()
     questions = read_benchmarks(
         config.benchmarks, instruction=config.instruction, system=config.system, limit=config.limit
     )
