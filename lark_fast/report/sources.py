@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from lark_fast.errors import UserError
 from lark_fast.evaluation.results import SUMMARY, read_results
-from lark_fast.scoring.learnability import g_hat
 from lark_fast.scoring.store import read_manifest
+from lark_fast.selection.first_pass import g_hat_of_the_rest
 from lark_fast.selection.scored_rows import ScoredRows, key_hash, key_hashes
 
 SHOWN_LINES = 3  # examples of a reason
@@ -126,26 +126,17 @@ def read_selection(directory: str, scores: Scores) -> Selection:
     weight[order[place]] = table["weight"].to_numpy()
     removed = read_log(path / "removed.jsonl") if (path / "removed.jsonl").exists() else []
     by_key = {key_hash((str(one["problem_id"]), str(one["candidate_id"]))): one["reason"] for one in removed}
-    gone = np.flatnonzero(np.isin(there, np.fromiter(by_key, dtype=np.uint64, count=len(by_key))))
-    removed_rows = {int(order[place]): by_key[int(there[place])] for place in gone}
+    keys = scores.rows.keys
+    gone = np.isin(keys, np.fromiter(by_key, dtype=np.uint64, count=len(by_key)))
+    removed_rows = {int(row): by_key[int(keys[row])] for row in np.flatnonzero(gone)}
     return Selection(
         directory=directory,
         weight=weight,
-        g_hat=_g_hat_without(scores, list(removed_rows)),
+        g_hat=g_hat_of_the_rest(scores.rows, gone, scores.brier) if removed_rows else scores.column("g_hat"),
         manifest=manifest,
         removed=dict(Counter(by_key.values()).most_common()),
         removed_rows=removed_rows,
     )
-
-
-def _g_hat_without(scores: Scores, removed: list[int]) -> NDArray[np.float64]:
-    """What filters leave is compared among itself, as ``lark-fast select`` does."""
-    stored = scores.column("g_hat")
-    if not removed:
-        return stored
-    nll = scores.column("nll").copy()
-    nll[removed] = np.nan
-    return np.where(np.isnan(stored), np.nan, g_hat(nll, scores.column(scores.brier), scores.rows.problem))
 
 
 def read_training(directory: str) -> list[dict[str, Any]]:

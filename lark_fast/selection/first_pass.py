@@ -98,7 +98,7 @@ def see_pool(
     removed = Removed(filters, len(rows))
     notes = tuple(note for a_filter in filters for note in a_filter.notes())
     if removed.gone.any():
-        _renew_g_hat(rows, removed.gone, brier)
+        rows.numbers["g_hat"] = g_hat_of_the_rest(rows, removed.gone, brier)
     groups |= {column.column: column.groups() for column in values}
     return Seen(removed=removed, groups=groups, notes=notes)
 
@@ -123,9 +123,18 @@ def _filters(config: SelectConfig, rows: ScoredRows, stack: ExitStack) -> list[F
     return filters
 
 
-def _renew_g_hat(rows: ScoredRows, gone: NDArray[np.bool_], brier: str) -> None:
-    """g_hat of what is left, as if the removed candidates had never been: they were in their problem's sums."""
+def g_hat_of_the_rest(rows: ScoredRows, gone: NDArray[np.bool_], brier: str) -> NDArray[np.float64]:
+    """g_hat as if the removed candidates had never been: they were in their problem's sums.
+
+    Args:
+        rows: with nll, g_hat and the column ``brier``.
+        gone: ``[R]``.
+        brier: the Brier score that g_hat is made of.
+
+    Returns:
+        ``[R]``; NaN where a candidate is gone, or had none before.
+    """
     numbers = rows.numbers
-    without = np.isnan(numbers["g_hat"])
-    numbers["g_hat"] = g_hat(np.where(gone, np.nan, numbers["nll"]), numbers[brier], rows.problem)
-    numbers["g_hat"][without] = np.nan
+    renewed = g_hat(np.where(gone, np.nan, numbers["nll"]), numbers[brier], rows.problem)
+    renewed[np.isnan(numbers["g_hat"])] = np.nan
+    return renewed
