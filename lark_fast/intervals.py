@@ -37,6 +37,11 @@ class PairedDifference:
     problems: int
 
 
+def in_percent(mean: float, low: float, high: float) -> str:
+    """A share with its interval as people read it: "12.0 (4.0 to 22.0)"."""
+    return f"{100 * mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
 def mean_interval(values: ArrayLike, *, seed: int = 0, bounds: tuple[float, float] | None = (0.0, 1.0)) -> Interval:
     """The mean of one value a problem, and its BCa bootstrap interval (Efron 1987) over problems.
 

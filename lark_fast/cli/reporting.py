@@ -24,7 +24,7 @@ def report(
     evaluation: Annotated[
         list[str] | None, typer.Option("--eval", help="What `lark-fast eval --out` wrote (repeatable).")
     ] = None,
-    problems: Annotated[int, typer.Option(help="How many problems can be opened one by one.")] = 24,
+    problems: Annotated[int, typer.Option(help="How many problems can be opened one by one: at most 100.")] = 24,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page.")] = False,
 ) -> None:
     """One HTML page: what was scored, what was selected and why, and what came of it."""

@@ -10,9 +10,9 @@ MATH, CHOICE = "math", "choice"
 UNREADABLE = "the answer cannot be read"
 # "18 dollars", "$5 per hour", where math-verify would multiply letters; "5xy" and "5 xy" are products.
 _COUNTED = re.compile(r"^[^A-Za-z\\]*\d[\d,./]*\s+(?=.*[A-Za-z]{3})[A-Za-z][A-Za-z'.\s-]+$")
-_SENTENCE = re.compile(r"^[A-Za-z']{2,},?\s+[A-Za-z'][^\\^{}]*\d")  # "She makes 9 * 2 = $18 a day"
+_PROSE = re.compile(r"^[A-Za-z']{2,},?\s+[A-Za-z'][^\\^{}]*\d")  # "She makes 9 * 2 = $18 a day"
 _WORDS = re.compile(r"^[A-Za-z]{4,}(?: [A-Za-z]+)*$")  # math-verify would multiply their letters
-# "4 million", "at least 5", "4 and a half"; commands such as \\times are none of them.
+# "4 million", "at least 5", "4 and a half"; commands such as \times are none of them.
 _OTHERWISE = re.compile(
     r"(?<![\\A-Za-z])(?:hundred|thousand|million|billion|trillion|dozen|half|halves|thirds?|quarters?|squared|cubed|plus|"
     r"minus|times|not?|cannot|never|at (?:least|most)|(?:less|more|greater|fewer|smaller|larger) than|or (?:more|less))"
@@ -125,7 +125,7 @@ def _value(answer: str) -> list[object]:
     words = unset(answer)
     if _WORDS.match(words) or (_OTHERWISE.search(words) and any(map(str.isdigit, words))):
         return [words.casefold()]
-    if _SENTENCE.match(answer):
+    if _PROSE.match(answer):
         numbers = _NUMBER.findall(answer.rpartition("=")[2])
         return _parsed(numbers[0], boxed=True) if len(numbers) == 1 else [words.casefold()]
     return _parsed(answer, boxed=not _COUNTED.match(answer))

@@ -13,7 +13,7 @@ from lark_fast.errors import UserError
 from lark_fast.evaluation.measures import acc_at_k
 from lark_fast.evaluation.results import read_results
 from lark_fast.files import atomic_open, refuse_overlap, write_json, writing_to
-from lark_fast.intervals import paired_difference
+from lark_fast.intervals import in_percent, paired_difference
 from lark_fast.rendering.inspection import visible
 
 _FILES = ("comparison.md", "comparison.csv", "comparison.json")
@@ -216,7 +216,7 @@ def _cell(row: Mapping[str, Any] | None, measure: str, with_n: bool) -> str:
     if row is None:
         return ""
     n = f", n {row['n']}" if with_n else ""
-    return f"{100 * row[measure]:.1f} ({100 * row[f'{measure}_low']:.1f} to {100 * row[f'{measure}_high']:.1f}){n}"
+    return in_percent(*(row[f"{measure}{end}"] for end in ("", "_low", "_high"))) + n
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

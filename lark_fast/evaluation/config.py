@@ -3,9 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-PAPER = {"n": 5, "temperature": 0.6, "top_p": 0.95, "max_new_tokens": 12_288}
-PRESETS = {"paper": PAPER}
-BACKENDS = ("auto", "transformers", "vllm", "sglang")
+PRESETS = {"paper": {"n": 5, "temperature": 0.6, "top_p": 0.95, "max_new_tokens": 12_288}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

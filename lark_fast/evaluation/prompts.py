@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lark_fast.errors import RejectError, UserError
+from lark_fast.evaluation.answers import THINK, THOUGHT
 from lark_fast.evaluation.backends.backend import Prompt
 from lark_fast.rendering.templates import ChatTemplate
 
@@ -11,8 +12,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lark_fast.evaluation.benchmarks import Question
-
-THINK, THOUGHT = "<think>", "</think>"
 
 
 class Prompter:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lark_fast.evaluation.measures import Measures
-from lark_fast.intervals import Interval
+from lark_fast.intervals import Interval, in_percent
 from lark_fast.progress import duration
 
 
@@ -48,7 +48,7 @@ class EvalSummary:
 
 def share(interval: Interval) -> str:
     """ "12.0 % (4.0 to 22.0)"."""
-    return f"{interval.mean:.1%} ({100 * interval.low:.1f} to {100 * interval.high:.1f})".replace("%", " %")
+    return in_percent(interval.mean, interval.low, interval.high).replace(" (", " % (")
 
 
 def _lines(name: str, found: Measures) -> Iterator[str]:

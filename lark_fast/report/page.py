@@ -29,7 +29,6 @@ def render(title: str, sections: Sequence[Section]) -> str:
     """The page as HTML."""
     import jinja2
     import vl_convert
-    from altair.utils._importers import vl_version_for_vl_convert
     from markupsafe import Markup
 
     here = files("lark_fast.report") / "page"
@@ -43,7 +42,7 @@ def render(title: str, sections: Sequence[Section]) -> str:
     )
     environment.filters |= {"heat": _heat, "number": _number, "percent": _percent, "short": short}
     specs = {figure.name: specification(figure) for section in sections for figure in section.figures}
-    bundle = vl_convert.javascript_bundle(vl_version=vl_version_for_vl_convert())
+    bundle = vl_convert.javascript_bundle(vl_version=_vega_lite())
     scripts = [bundle.replace("</script", "<\\/script"), (here / "page.js").read_text(encoding="utf-8")]
     return environment.get_template("page.html.j2").render(
         title=title,
@@ -68,7 +67,7 @@ def write_figures(directory: Path, sections: Sequence[Section]) -> list[str]:
             drawn = _ASTRAL.sub(lambda found: f"U+{ord(found[0]):X}", json.dumps(wanted, ensure_ascii=False))
             path = directory / f"{figure.name}.png"
             with atomic_path(path) as temporary:
-                temporary.write_bytes(vl_convert.vegalite_to_png(drawn, scale=2))
+                temporary.write_bytes(vl_convert.vegalite_to_png(drawn, vl_version=_vega_lite(), scale=2))
             written.append(str(path))
     return written
 
@@ -85,6 +84,13 @@ def specification(figure: Figure) -> dict[str, Any]:
     chart = figure.chart.to_dict()
     chart.pop("config", None)  # colours of lines and text are the page's
     return chart
+
+
+def _vega_lite() -> str:
+    """The version that Altair writes for, as vl-convert names it: 6.4."""
+    import altair
+
+    return ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 
 
 def _digest(script: str) -> str:

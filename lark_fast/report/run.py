@@ -79,7 +79,7 @@ def _shown(config: ReportConfig, scores: Scores, selection: Selection | None) ->
     pool = Pool(paths)
     refuse_overlap(Path(config.out).parent / f"{Path(config.out).stem}-figures", {"--pool": pool.inputs})
     problems, records = add_texts(problems, scores, pool)
-    stored = scores.manifest["identity"]["per_token"]
+    stored = scores.manifest["identity"].get("per_token")
     student = config.student or scores.remembered("student")
     if config.student is None and (not stored or not Path(str(student)).is_dir()):
         wants = "--student brings them" if student else "--student DIR brings them"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lark_fast.intervals import in_percent
 from lark_fast.progress import duration
 from lark_fast.report import charts
 from lark_fast.report.measures import effective_sizes, rank_correlation, weighted_mean, weighted_median
@@ -405,7 +406,7 @@ def _number(value: float | None) -> str:
 def _interval(found: Mapping[str, Any]) -> str:
     if not _finite(found.get("mean")):
         return "?"
-    return f"{100 * found['mean']:.1f} % ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
+    return in_percent(found["mean"], found["low"], found["high"]).replace(" (", " % (")
 
 
 def _listed(value: Any) -> str:
