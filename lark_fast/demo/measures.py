@@ -43,25 +43,18 @@ def solved(student: Path, problems: Sequence[Problem]) -> NDArray[np.bool_]:
     Returns:
         ``[P]``: whether the answer's number is exactly right.
     """
-    import torch
-
+    from lark_fast.evaluation.backends.backend import Prompt
+    from lark_fast.evaluation.backends.transformers import TransformersBackend
+    from lark_fast.evaluation.config import Sampling
     from lark_fast.student import load_student
 
     loaded = load_student(str(student), dtype="float32")
     tokenizer = loaded.tokenizer
-    tokenizer.padding_side = "left"  # so that all answers begin in the same place
-    prompts = [
-        tokenizer.apply_chat_template(ask(problem), tokenize=False, add_generation_prompt=True) for problem in problems
-    ]
-    batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(loaded.device)
-    with torch.no_grad():
-        made = loaded.model.generate(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            max_new_tokens=LONGEST_ANSWER,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    texts = tokenizer.batch_decode(made[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
-    return np.array([problem.is_solved_by(text) for problem, text in zip(problems, texts, strict=True)])
+    prompts = []
+    for number, problem in enumerate(problems):
+        text = tokenizer.apply_chat_template(ask(problem), tokenize=False, add_generation_prompt=True)
+        ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        prompts.append(Prompt(key=str(number), ids=ids, thinking=False, max_new_tokens=LONGEST_ANSWER))
+    backend = TransformersBackend(loaded.model, tokenizer, [tokenizer.eos_token_id])
+    answers = dict(backend.generate(prompts, Sampling(stop_at_answer=False)))
+    return np.array([problem.is_solved_by(answers[number][0].text) for number, problem in enumerate(problems)])
