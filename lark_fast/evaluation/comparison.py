@@ -3,7 +3,6 @@
 import csv
 import io
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from lark_fast.evaluation.results import read_results
 from lark_fast.files import atomic_open, refuse_overlap, write_json, writing_to
 from lark_fast.intervals import in_percent, paired_difference
 from lark_fast.rendering.inspection import visible
+from lark_fast.tables import escaped, table
 
 _FILES = ("comparison.md", "comparison.csv", "comparison.json")
 _COLUMNS = ("acc_1", "acc_n", "majority")
@@ -189,7 +189,7 @@ def _as_markdown(
         title = f"ACC@{max(sizes)}" if measure == "acc_n" and not told else _title(measure)
         head = ["run", *(f"{benchmark} {group}".strip() for benchmark, group in benchmarks)]
         lines = [[run, *(_cell(cells.get((run, *one)), measure, told) for one in benchmarks)] for run in found]
-        parts += [f"## {title}, % (95 % interval over problems)\n", _table(head, lines)]
+        parts += [f"## {title}, % (95 % interval over problems)\n", table(head, lines)]
     head = ["", "benchmark", "measure", "points", "95 % interval", "p", "problems"]
     lines = [
         [
@@ -205,9 +205,9 @@ def _as_markdown(
     ]
     parts += [
         "## Differences on the same problems\n",
-        _table(head, lines),
+        table(head, lines),
         "Intervals are bootstrapped over problems, exact where all are alike; p is of a paired sign-flip test.\n",
-        *(f"- {_escaped(caution)}\n" for caution in cautions),
+        *(f"- {escaped(caution)}\n" for caution in cautions),
     ]
     return "\n".join(parts)
 
@@ -217,13 +217,3 @@ def _cell(row: Mapping[str, Any] | None, measure: str, with_n: bool) -> str:
         return ""
     n = f", n {row['n']}" if with_n else ""
     return in_percent(*(row[f"{measure}{end}"] for end in ("", "_low", "_high"))) + n
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "".join("| " + " | ".join(_escaped(cell) for cell in row) + " |\n" for row in rows)
-
-
-def _escaped(text: str) -> str:
-    """Names that come from elsewhere, as plain text in one cell."""
-    return re.sub(r"([\\|<>`*_\[\]&])", r"\\\1", visible(text)) if text != "---" else text

@@ -1,15 +1,12 @@
 """``lark-fast eval``: questions in; a model's answers, their verdicts and the measures out."""
 
 import hashlib
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import lark_fast
 from lark_fast.errors import UserError
 from lark_fast.evaluation.backends.backend import Answer, Prompt, choose_backend, open_backend
 from lark_fast.evaluation.benchmarks import Question, read_benchmarks
@@ -23,6 +20,7 @@ from lark_fast.files import refuse_overlap, writing_to
 from lark_fast.interrupts import Interrupts
 from lark_fast.lock import refuse_taken
 from lark_fast.progress import track
+from lark_fast.versions import versions
 
 if TYPE_CHECKING:
     from lark_fast.evaluation.model import ModelFiles
@@ -93,7 +91,8 @@ def _ask(config: EvalConfig, files: "ModelFiles", questions: Sequence[Question])
             asked = [(questions[place], prompts[place]) for place in missing]
             tokens = _generate(config, files, backend, stop_ids, asked, store)
             seconds = round(time.monotonic() - started, 3)
-            store.note(device=device, tokens=tokens, seconds=seconds, versions=_versions(backend))
+            made_with = versions("torch", "transformers", backend, "math-verify")
+            store.note(device=device, tokens=tokens, seconds=seconds, versions=made_with)
         facts = {"model": files.name, "settings": settings}
         thinking = {
             (question.benchmark, question.problem_id): prompt is not None and prompt.thinking
@@ -154,10 +153,3 @@ def _end_tokens(files: "ModelFiles") -> list[int]:
     except OSError:
         return []
     return list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
-
-
-def _versions(backend: str) -> dict[str, str]:
-    packages = dict.fromkeys(("torch", "transformers", backend, "math-verify"))
-    return {"lark_fast": lark_fast.__version__, "python": platform.python_version()} | {
-        name: version(name) for name in packages
-    }

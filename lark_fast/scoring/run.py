@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import platform
 import sys
 import threading
 import time
@@ -12,10 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
-
-import lark_fast
 from lark_fast.errors import UserError
 from lark_fast.files import atomic_open, refuse_overlap, writing_to
 from lark_fast.interrupts import Interrupts
@@ -29,6 +24,7 @@ from lark_fast.scoring.feed import Feed, Trajectory, default_workers
 from lark_fast.scoring.metrics import MetricsLog
 from lark_fast.scoring.store import ScoreStore, read_manifest
 from lark_fast.scoring.summary import ScoreSummary
+from lark_fast.versions import versions
 
 if TYPE_CHECKING:
     from lark_fast.scoring.forward import Scored
@@ -327,8 +323,6 @@ def _row(item: Trajectory, scored: "Scored", per_token: bool) -> dict[str, Any]:
 
 
 def _finish(config: ScoreConfig, scorer: "Scorer", store: ScoreStore, summary: ScoreSummary) -> None:
-    import torch
-    import transformers
 
     account = summary.account.as_json(summary.ceiling)
     timing = {
@@ -347,14 +341,7 @@ def _finish(config: ScoreConfig, scorer: "Scorer", store: ScoreStore, summary: S
         },
         counts={"records": summary.records, "rejected": summary.rejected},
         timing=timing if summary.scored else store.manifest.get("timing", timing),
-        versions={
-            "lark_fast": lark_fast.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "numpy": np.__version__,
-            "pyarrow": pa.__version__,
-            "python": platform.python_version(),
-        },
+        versions=versions("torch", "transformers", "numpy", "pyarrow"),
     )
     for name in ("rows", "problems", "not_finite"):
         setattr(summary, name, manifest["counts"][name])

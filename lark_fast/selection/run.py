@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import platform
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -10,9 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
-import lark_fast
 from lark_fast.errors import UserError
 from lark_fast.files import atomic_open, refuse_overlap, write_json, writing_to
 from lark_fast.kernels.chi2 import DEFAULT_BUDGET
@@ -27,6 +24,7 @@ from lark_fast.selection.scored_rows import ScoredRows
 from lark_fast.selection.sweep import as_markdown, comparison
 from lark_fast.selection.weighing import Weighed, constrained, needed_columns, weigh
 from lark_fast.selection.writing import TrainFiles, write_weights
+from lark_fast.versions import versions
 
 if TYPE_CHECKING:
     from lark_fast.selection.constrained import ConstrainedWeights
@@ -237,11 +235,6 @@ def _write_manifest(
             "teachers": teachers,
             "constraints": solved and _how_solved(solved),
             "notes": notes,
-            "versions": {
-                "lark_fast": lark_fast.__version__,
-                "numpy": np.__version__,
-                "pyarrow": pa.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions("numpy", "pyarrow"),
         },
     )

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from lark_fast.selection.config import SelectionSummary
 from lark_fast.selection.weighing import Weighed
+from lark_fast.tables import table
 
 HISTOGRAM_EDGES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
 
@@ -63,7 +64,7 @@ def as_markdown(compared: Mapping[str, Any]) -> str:
     teachers = sorted({teacher for facts in found.values() for teacher in facts["teachers"]})
     edges = compared["weight_histogram_edges"]
     bins = [f"{low:g}-{high:g}" for low, high in pairwise(edges)]
-    main = _table(
+    main = table(
         ["selection", "rows", "problems", "tokens", "effective size", "chi2"],
         [
             [
@@ -77,14 +78,14 @@ def as_markdown(compared: Mapping[str, Any]) -> str:
             for name, facts in found.items()
         ],
     )
-    shares = _table(
+    shares = table(
         ["weight by teacher", *(teacher or "(none)" for teacher in teachers)],
         [[name, *(f"{facts['teachers'].get(t, 0):.1%}" for t in teachers)] for name, facts in found.items()],
     )
-    histogram = _table(
+    histogram = table(
         ["rows by weight", *bins], [[name, *map("{:,}".format, f["weight_histogram"])] for name, f in found.items()]
     )
-    overlap = _table(
+    overlap = table(
         ["overlap (Jaccard)", *(str(number) for number in range(1, len(found) + 1))],
         [
             [name, *(f"{value:.2f}" for value in row.values())]
@@ -92,14 +93,3 @@ def as_markdown(compared: Mapping[str, Any]) -> str:
         ],
     )
     return "\n".join([main, shares, histogram, overlap])
-
-
-def _table(header: list[str], body: list[list[str]]) -> str:
-    """A Markdown table whose columns line up as plain text too."""
-    rows = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in [header, *body]]
-    widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(header))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    ruler = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([lines[0], ruler, *lines[1:]]) + "\n"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lark_fast.errors import UserError
+from lark_fast.errors import DivergedError, UserError
 from lark_fast.flop import ForwardCost
 from lark_fast.interrupts import Interrupts
 from lark_fast.progress import Throughput, track
@@ -71,7 +71,7 @@ class Loop:
         """All steps that are left.
 
         Raises:
-            UserError: a step blows up; nothing finished is lost.
+            DivergedError: a step blows up; nothing finished is lost.
             KeyboardInterrupt: stopped; the finished steps are kept.
         """
         trainer, directory = self.trainer, self.directory
@@ -87,7 +87,7 @@ class Loop:
                 measured = trainer.measure(done)
                 if fault := guard.fault(measured.loss, measured.grad_norm):
                     state.agreed = True
-                    raise UserError(
+                    raise DivergedError(
                         f"step {done + 1}: {fault}; training stops before it. Its rows: "
                         f"{trainer.data.where(measured.rows)}"
                     )
@@ -150,7 +150,7 @@ class Loop:
         if not (self._lines and "eval_loss" in self._lines[-1]):
             loss = self.trainer.evaluate(self.held_out)
             if not math.isfinite(loss):
-                raise UserError(f"after step {done} the held-out loss is {loss}; lower --lr or look at --eval-data")
+                raise DivergedError(f"after step {done} the held-out loss is {loss}; lower --lr or look at --eval-data")
             epoch = -(-done // self.trainer.steps_per_epoch)
             self._log({"step": done, "epoch": epoch, "eval_loss": loss})
         if self.config.patience is None:

@@ -23,11 +23,20 @@ class WeightedLoss(nn.Module):
     """The objective of a micro-batch; everything that reads the student's parameters happens in its forward pass.
 
     So it can be the root of a sharded model: inside, and only there, parameters are whole.
+
+    Args:
+        student: whose parameters.
+        bfloat16: multiply in bfloat16.
+        packed: batches are packs.
+        compiled: run the layers through ``torch.compile``.
+        head_alone: the gradient ends at the head, and hidden states are constants.
     """
 
-    def __init__(self, student: Student, *, bfloat16: bool, packed: bool, compiled: bool) -> None:
+    def __init__(
+        self, student: Student, *, bfloat16: bool, packed: bool, compiled: bool, head_alone: bool = False
+    ) -> None:
         super().__init__()
-        self.model = student.model
+        self.model, self.head_alone = student.model, head_alone
         self.student, self.bfloat16, self.packed, self.compiled = student, bfloat16, packed, compiled
 
     def running(self) -> AbstractContextManager[None]:
@@ -47,7 +56,8 @@ class WeightedLoss(nn.Module):
             token_weights: ``[N]`` float32.
         """
         student, device = self.student, inputs.ids.device
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
+        learns = torch.is_grad_enabled() and not self.head_alone
+        with torch.set_grad_enabled(learns), torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
             hidden = student.hidden(inputs.ids, inputs.pack, inputs.places).flatten(0, 1)
         head = student.head
         options = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
@@ -71,7 +81,7 @@ def prepare(student: Student, config: TrainConfig, world: World, *, bfloat16: bo
     """
     packed = config.packing and student.unpackable is None
     torch.manual_seed(config.seed)  # adapters begin at random, and on every rank alike
-    adapters = None if config.lora is None else _add_adapters(student, config.lora)
+    adapters = None if config.lora is None else add_adapters(student, config.lora)
     if adapters is None:
         student.model.requires_grad_(True)
     if config.gradient_checkpointing:
@@ -89,7 +99,12 @@ def prepare(student: Student, config: TrainConfig, world: World, *, bfloat16: bo
     return loss, adapters
 
 
-def _add_adapters(student: Student, options: LoraOptions) -> "PeftModel":
+def add_adapters(student: Student, options: LoraOptions) -> "PeftModel":
+    """Put adapters onto the student's model, in place; they begin at random, by torch's generator.
+
+    Raises:
+        UserError: peft is missing, or knows no such modules.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:

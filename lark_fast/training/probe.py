@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from lark_fast.files import atomic_path
@@ -17,10 +18,12 @@ from lark_fast.training.step import reduce_nll
 FILE = "probe.parquet"
 
 
-def measured_rate(nll_before: Tensor, nll_after: Tensor, steps: int) -> Tensor:
+def measured_rate(nll_before: ArrayLike, nll_after: ArrayLike, steps: int) -> NDArray[np.float64]:
     """``[N]`` mean nll of trajectories at two states -> rho_measured, a step; NaN where either is 0."""
-    rate = -(nll_after / nll_before).log() / steps
-    return rate.where((nll_before > 0) & (nll_after > 0), float("nan"))
+    before, after = np.asarray(nll_before, dtype=np.float64), np.asarray(nll_after, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rate = -np.log(after / before) / steps
+    return np.where((before > 0) & (after > 0), rate, np.nan)
 
 
 def write_probe(out: Path, data: TrainingSet, before: Tensor, after: Tensor, steps: int) -> str:
@@ -38,7 +41,7 @@ def write_probe(out: Path, data: TrainingSet, before: Tensor, after: Tensor, ste
     """
     was = reduce_nll(before, data).means.nll
     now = reduce_nll(after, data, before)
-    rate = measured_rate(was, now.means.nll, steps)
+    rate = measured_rate(was.numpy(), now.means.nll.numpy(), steps)
     problems, candidates = zip(*data.keys, strict=True)
     table = pa.table(
         {
@@ -50,13 +53,13 @@ def write_probe(out: Path, data: TrainingSet, before: Tensor, after: Tensor, ste
             "nll_before": was.numpy(),
             "nll_after": now.means.nll.numpy(),
             "loss_delta": now.means.loss_delta.numpy(),
-            "rho_measured": rate.numpy(),
+            "rho_measured": rate,
         }
     )
     with atomic_path(out / FILE) as temporary:
         pq.write_table(table, temporary)
     better = int((now.means.loss_delta > 0).sum())
-    quartiles = np.nanquantile(rate.numpy(), [0.25, 0.5, 0.75]) if bool(rate.isfinite().any()) else [float("nan")] * 3
+    quartiles = np.nanquantile(rate, [0.25, 0.5, 0.75]) if np.isfinite(rate).any() else [float("nan")] * 3
     return (
         f"probe: nll fell on {better:,} of {len(data):,} trajectories, at the median by {quartiles[1]:.2e} of itself a "
         f"step (quartiles {quartiles[0]:.2e}, {quartiles[2]:.2e}): {FILE}"

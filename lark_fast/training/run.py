@@ -1,6 +1,5 @@
 """``lark-fast train``: weighted supervised fine-tuning of a student on a selection."""
 
-import platform
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any
 
 import torch
 
-import lark_fast
 from lark_fast.errors import UserError
 from lark_fast.files import refuse_overlap
 from lark_fast.flop import matmul_ceiling
@@ -25,6 +23,7 @@ from lark_fast.training.state import RunDirectory
 from lark_fast.training.step import Trainer
 from lark_fast.training.trackers import Trackers
 from lark_fast.training.world import World, started_by_torchrun
+from lark_fast.versions import versions
 
 # What decides the numbers but for rounding; device, micro-batches, packing, recomputation and ranks only decide how.
 IDENTITY = (
@@ -43,7 +42,8 @@ def train(config: TrainConfig) -> TrainSummary:
         Counts, losses and timing; ``already_complete`` where there was nothing left to do.
 
     Raises:
-        UserError: bad input, a directory that belongs to another run, no memory, a loss or gradient that is not finite.
+        UserError: bad input, a directory that belongs to another run, no memory.
+        DivergedError: a loss or gradient jumps or is not finite.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM; the finished steps are kept.
     """
     with started_by_torchrun(config.device) as (world, device):
@@ -143,8 +143,6 @@ def _keep_probe(trainer: Trainer, probe: TrainingSet | None, directory: RunDirec
 
 def _finish(trainer: Trainer, probe: TrainingSet | None, directory: RunDirectory, timing: Timing) -> TrainSummary:
     """Checkpoint, picture, card and manifest, in this order: the manifest says that the others are there."""
-    import transformers
-
     config, data, world = trainer.config, trainer.data, trainer.world
     metrics = directory.metrics()
     losses = [line["loss"] for line in metrics if "loss" in line]
@@ -172,12 +170,7 @@ def _finish(trainer: Trainer, probe: TrainingSet | None, directory: RunDirectory
             "seconds": round(timing.seconds, 3),
             "tokens_per_second": round(timing.tokens_per_second, 1),
         },
-        "versions": {
-            "lark_fast": lark_fast.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions("torch", "transformers"),
         "device": str(trainer.student.device),
         "ranks": world.size,
         "probe": "",

@@ -1,0 +1,92 @@
+"""Some problems of a pool, with some of their candidates as token ids, the same whatever the pool's order is."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lark_fast.errors import RejectError, UserError
+from lark_fast.hashing import hash_fields
+from lark_fast.pool.reading import Pool, Rejected
+from lark_fast.pool.records import Record
+from lark_fast.progress import track
+from lark_fast.rendering.renderer import Rendered, Renderer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A trajectory of a problem."""
+
+    record: Record
+    rendered: Rendered
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """Problems in the order in which they were drawn, two or more candidates each; and what cannot be used."""
+
+    problems: dict[str, list[Candidate]]
+    rejected: int
+    first_reject: str  # "" where there is none
+    too_few: int  # problems of the pool that have fewer than two candidates
+    content: str  # a hash of all of it
+
+
+def draw(seed: int, *names: str) -> bytes:
+    """A number that chance gives to a name, for this seed: the lowest ones are drawn."""
+    return hash_fields(str(seed).encode(), *(name.encode("utf-8", "surrogatepass") for name in names), size=8)
+
+
+def draw_sample(pool: Sequence[str], renderer: Renderer, *, problems: int, candidates: int, seed: int) -> Sample:
+    """Read the pool twice: to see which problems there are, and for the records of those drawn.
+
+    Raises:
+        UserError: no problem has two candidates that can be used.
+    """
+    counts: dict[str, int] = defaultdict(int)
+    for item in _read(pool, "looking for problems"):
+        if isinstance(item, Record):
+            counts[item.key[0]] += 1
+    several = [problem for problem, count in counts.items() if count > 1]
+    drawn = sorted(several, key=lambda problem: draw(seed, problem))[:problems]
+    records: dict[str, dict[str, Record]] = {problem: {} for problem in drawn}
+    faults: list[str] = []
+    for item in _read(pool, "reading problems"):
+        if isinstance(item, Rejected):
+            faults.append(f"{item.source}:{item.line}: {item.reason}")
+        elif item.key[0] in records:
+            records[item.key[0]].setdefault(item.key[1], item)
+    found: dict[str, list[Candidate]] = {}
+    for problem, own in records.items():
+        usable = []
+        for name in sorted(own, key=lambda name, problem=problem: draw(seed, problem, name)):
+            if len(usable) == candidates:
+                break
+            try:
+                usable.append(Candidate(record=own[name], rendered=renderer(own[name])))
+            except RejectError as error:
+                faults.append(f"{own[name].source}:{own[name].line}: {error}")
+        if len(usable) > 1:
+            found[problem] = sorted(usable, key=lambda candidate: candidate.record.ordinal)
+    if not found:
+        why = f"; the first of {len(faults):,} that cannot be used: {faults[0]}" if faults else ""
+        raise UserError(f"--pool {' '.join(pool)}: no problem has two candidates to compare{why}")
+    tokens = (
+        str((problem, one.record.key[1], one.rendered.input_ids, one.rendered.labels)).encode("utf-8", "surrogatepass")
+        for problem, own in found.items()
+        for one in own
+    )
+    return Sample(
+        problems=found,
+        rejected=len(faults),
+        first_reject=faults[0] if faults else "",
+        too_few=len(counts) - len(several),
+        content=hash_fields(*tokens, size=16).hex(),
+    )
+
+
+def _read(pool: Sequence[str], doing: str) -> Iterator[Record | Rejected]:
+    opened = Pool(pool)
+    with track(doing, opened.total_bytes) as progress:
+        for item in opened.read():
+            progress.update(opened.bytes_read)
+            yield item
