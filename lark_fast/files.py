@@ -1,6 +1,7 @@
 """Files that appear whole or not at all: written to a temporary name, flushed to disk, renamed."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -65,6 +66,15 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     with atomic_open(path) as stream:
         json.dump(value, stream, ensure_ascii=False, indent=2, allow_nan=False)
         stream.write("\n")
+
+
+def without_nan(value: Any) -> Any:
+    """What JSON can hold: None for numbers that are not finite, lists for tuples."""
+    if isinstance(value, dict):
+        return {name: without_nan(own) for name, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fsync_directory(path: str | os.PathLike[str]) -> None:

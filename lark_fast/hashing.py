@@ -10,3 +10,8 @@ def hash_fields(*fields: bytes, size: int) -> bytes:
         digest.update(len(field).to_bytes(8, "little"))
         digest.update(field)
     return digest.digest()
+
+
+def draw(seed: int, *names: str) -> bytes:
+    """A number that chance gives to a name, whatever else there is, for this seed: the lowest ones are drawn."""
+    return hash_fields(str(seed).encode(), *(name.encode("utf-8", "surrogatepass") for name in names), size=8)

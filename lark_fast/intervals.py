@@ -52,6 +52,15 @@ def in_percent(mean: float, low: float, high: float) -> str:
     return f"{100 * mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
+def told(interval: Interval, digits: int = 2) -> str:
+    """ "0.45 (0.31 to 0.58)"; without bounds where there are none."""
+    if math.isnan(interval.mean):
+        return "unknown"
+    if math.isnan(interval.low):
+        return f"{interval.mean:.{digits}f}"
+    return f"{interval.mean:.{digits}f} ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
+
+
 def refuse_without_scipy(what: str) -> None:
     """Before work for hours whose measures nobody could take.
 
@@ -77,6 +86,64 @@ def t_interval(values: ArrayLike, *, confidence: float = CONFIDENCE) -> Interval
 
     half = float(t.ppf((1 + confidence) / 2, len(found) - 1)) * float(found.std(ddof=1)) / len(found) ** 0.5
     return Interval(mean=mean, low=mean - half, high=mean + half)
+
+
+def paired_intervals(values: ArrayLike, baseline: int, *, confidence: float = CONFIDENCE) -> list[Interval]:
+    """How far the means of several treatments are from that of one of them, where all were tried with the same seeds.
+
+    A two-way layout: value = treatment + seed + chance, chance of one size everywhere. Its size is estimated from all
+    (P - 1)(S - 1) residuals together, which a few seeds of two treatments alone could not do.
+
+    Args:
+        values: ``[P, S]``, finite; P treatments with S seeds.
+        baseline: the row that the others are compared with.
+        confidence: above 0, below 1.
+
+    Returns:
+        P of them, the baseline's 0 to 0; NaN bounds for a single seed.
+    """
+    found = np.asarray(values, dtype=np.float64)
+    if found.ndim != 2 or not found.size or not np.isfinite(found).all():
+        raise ValueError(f"finite values [P, S] are needed, not {found.shape}")
+    gaps = found.mean(axis=1) - found[baseline].mean()
+    freedom = (found.shape[0] - 1) * (found.shape[1] - 1)
+    if freedom < 1:
+        half = math.nan
+    else:
+        from scipy.stats import t
+
+        rest = found - found.mean(axis=1, keepdims=True) - found.mean(axis=0) + found.mean()
+        error = math.sqrt(2 * (rest**2).sum() / freedom / found.shape[1])
+        half = float(t.ppf((1 + confidence) / 2, freedom)) * error
+    return [
+        Interval(mean=float(gap), low=float(gap) - half, high=float(gap) + half)
+        if row != baseline
+        else Interval(mean=0.0, low=0.0, high=0.0)
+        for row, gap in enumerate(gaps)
+    ]
+
+
+def slope_interval(x: ArrayLike, values: ArrayLike, *, confidence: float = CONFIDENCE) -> Interval:
+    """The slope of values over x by least squares, one slope for all seeds and an offset of its own for each.
+
+    Args:
+        x: ``[P]``, not all the same.
+        values: ``[P, S]``, finite.
+        confidence: above 0, below 1.
+    """
+    found = np.asarray(values, dtype=np.float64)
+    centred = np.asarray(x, dtype=np.float64) - np.mean(x)
+    gaps = found - found.mean(axis=0)
+    weight = float(centred @ centred) * found.shape[1]
+    slope = float((centred @ gaps).sum()) / weight
+    freedom = (found.shape[0] - 1) * found.shape[1] - 1
+    if freedom < 1:
+        return Interval(mean=slope, low=math.nan, high=math.nan)
+    from scipy.stats import t
+
+    rest = gaps - slope * centred[:, None]
+    half = float(t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(float((rest**2).sum()) / freedom / weight)
+    return Interval(mean=slope, low=slope - half, high=slope + half)
 
 
 def clustered_interval(

@@ -31,6 +31,9 @@ class LineStore:
 
     Raises:
         UserError: the directory is another run's or holds something else; another run writes to it.
+
+    Attributes:
+        facts: what an earlier run has noted.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class LineStore:
         folders: Collection[str] = (),
         overwrite: bool = False,
     ) -> None:
-        self.directory, self.identity = Path(directory), dict(identity)
+        self.directory, self.identity, self.facts = Path(directory), dict(identity), dict[str, Any]()
         self._path, self._lock = self.directory / lines, DirectoryLock(self.directory)
         self._ours = {lines, MANIFEST, *results}
         with writing_to(directory):
@@ -83,6 +86,7 @@ class LineStore:
 
     def note(self, **facts: Any) -> None:
         """Write the manifest."""
+        self.facts = facts
         write_json(self.directory / MANIFEST, {"identity": self.identity, **facts})
 
     def _refuse_strangers(self, known: Collection[str]) -> None:
@@ -111,7 +115,8 @@ class LineStore:
 
     def _refuse_another(self, manifest: Path) -> None:
         try:
-            there = json.loads(manifest.read_text(encoding="utf-8"))["identity"]
+            self.facts = json.loads(manifest.read_text(encoding="utf-8"))
+            there = self.facts.pop("identity")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{manifest}: cannot be read ({error}); --overwrite begins anew") from error
         asked = json.loads(json.dumps(self.identity))

@@ -16,9 +16,10 @@ from scipy.stats import spearmanr
 from lark_fast.errors import UserError
 from lark_fast.evaluation.measures import measure
 from lark_fast.evaluation.results import write_results
+from lark_fast.ranks import rank_correlation
 from lark_fast.rendering.renderer import RenderOptions
 from lark_fast.report.config import ReportConfig
-from lark_fast.report.measures import rank_correlation, weighted_median
+from lark_fast.report.measures import weighted_median
 from lark_fast.report.run import make_report
 from lark_fast.report.shown import Token, _ends, choose
 from lark_fast.report.sources import Scores, read_selection

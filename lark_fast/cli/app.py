@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from lark_fast.cli.evaluation import compare, evaluate
-from lark_fast.cli.evidence import diagnose
+from lark_fast.cli.evidence import diagnose, pilot
 from lark_fast.cli.looking import demo, inspect
 from lark_fast.cli.reporting import report
 from lark_fast.cli.scoring import score
@@ -39,5 +39,5 @@ def _common(
 
 
 app.command("eval")(evaluate)
-for command in (diagnose, score, select, train, compare, report, inspect, demo):
+for command in (score, select, train, compare, report, diagnose, pilot, inspect, demo):
     app.command()(command)

@@ -9,9 +9,8 @@ import numpy as np
 
 from lark_fast.diagnosis.measures import Measures
 from lark_fast.diagnosis.summary import DiagnoseSummary
-from lark_fast.diagnosis.verdict import told
 from lark_fast.files import atomic_path
-from lark_fast.intervals import Interval
+from lark_fast.intervals import Interval, told
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

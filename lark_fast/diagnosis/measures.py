@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lark_fast.diagnosis.exact import cosines, cross_share, rate_gradient, relative_rate
 from lark_fast.intervals import Interval, clustered_interval, mean_interval
+from lark_fast.ranks import rank_correlation
 from lark_fast.scoring.learnability import g_hat, rho
 from lark_fast.training.probe import measured_rate
 
@@ -283,8 +284,6 @@ def _agreement(
     true: Callable[[Line], Floats],
     budget: int,
 ) -> Agreement:
-    from scipy.stats import rankdata
-
     spearman, pearson, top, lots = [], [], [], []
     for line in lines:
         ours, theirs = estimated(line), true(line)
@@ -292,7 +291,7 @@ def _agreement(
         ours, theirs = ours[some], theirs[some]
         if len(ours) < 2 or np.ptp(ours) == 0 or np.ptp(theirs) == 0:
             continue
-        spearman.append(np.corrcoef(rankdata(ours), rankdata(theirs))[0, 1])
+        spearman.append(rank_correlation(ours, theirs))
         pearson.append(np.corrcoef(ours, theirs)[0, 1])
         if len(ours) > budget:
             best = [set(np.argsort(-values, kind="stable")[:budget].tolist()) for values in (ours, theirs)]

@@ -15,10 +15,11 @@ from lark_fast.diagnosis.exact import relative_rate
 from lark_fast.diagnosis.figure import draw_diagnosis
 from lark_fast.diagnosis.gradients import Gradients
 from lark_fast.diagnosis.measures import BY_LOT, FULL, measure
-from lark_fast.diagnosis.sample import Candidate, Sample, draw, draw_sample
+from lark_fast.diagnosis.sample import Candidate, Sample, draw_sample
 from lark_fast.diagnosis.summary import DiagnoseSummary
 from lark_fast.errors import UserError
 from lark_fast.files import atomic_open, refuse_overlap, write_json, writing_to
+from lark_fast.hashing import draw
 from lark_fast.interrupts import Interrupts
 from lark_fast.intervals import refuse_without_scipy
 from lark_fast.line_store import LineStore

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lark_fast.errors import RejectError, UserError
-from lark_fast.hashing import hash_fields
+from lark_fast.hashing import draw, hash_fields
 from lark_fast.pool.reading import Pool, Rejected
 from lark_fast.pool.records import Record
 from lark_fast.progress import track
@@ -29,11 +29,6 @@ class Sample:
     first_reject: str  # "" where there is none
     too_few: int  # problems of the pool that have fewer than two candidates
     content: str  # a hash of all of it
-
-
-def draw(seed: int, *names: str) -> bytes:
-    """A number that chance gives to a name, for this seed: the lowest ones are drawn."""
-    return hash_fields(str(seed).encode(), *(name.encode("utf-8", "surrogatepass") for name in names), size=8)
 
 
 def draw_sample(pool: Sequence[str], renderer: Renderer, *, problems: int, candidates: int, seed: int) -> Sample:

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lark_fast.diagnosis.measures import Measures, Steps
-from lark_fast.diagnosis.verdict import told, verdict
-from lark_fast.intervals import Interval
+from lark_fast.diagnosis.verdict import verdict
+from lark_fast.files import without_nan
+from lark_fast.intervals import Interval, told
 from lark_fast.progress import duration
 from lark_fast.rendering.inspection import visible
 from lark_fast.tables import escaped, table
@@ -34,7 +35,7 @@ class DiagnoseSummary:
 
     def as_json(self) -> dict[str, Any]:
         """For programs; null stands for what nobody can say."""
-        return _without_nan({**self.facts, "verdict": self.verdict, **asdict(self.measured)})
+        return without_nan({**self.facts, "verdict": self.verdict, **asdict(self.measured)})
 
     def lines(self) -> list[str]:
         """For people."""
@@ -118,11 +119,3 @@ def _scientific(interval: Interval) -> str:
     if math.isnan(interval.low):
         return f"{interval.mean:.2e}"
     return f"{interval.mean:.2e} ({interval.low:.2e} to {interval.high:.2e})"
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nan(own) for name, own in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(own) for own in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from lark_fast.diagnosis.config import FEWEST_PROBLEMS
 from lark_fast.diagnosis.measures import BY_LOT, FULL, Agreement, Measures, Pace
-from lark_fast.intervals import Interval
+from lark_fast.intervals import Interval, told
 from lark_fast.selection.policies import RANDOM
 
 CONSTANT = 2.0  # a spread up to which something may pass for a constant
@@ -30,15 +30,6 @@ def verdict(measured: Measures, *, lr: float) -> list[str]:
         )
         return said
     return [*said, *_assumptions(measured), *_agreement(measured), *_steps(measured, lr), _answer(measured)]
-
-
-def told(interval: Interval, digits: int = 2) -> str:
-    """ "0.45 (0.31 to 0.58)"; without bounds where there are none."""
-    if math.isnan(interval.mean):
-        return "unknown"
-    if math.isnan(interval.low):
-        return f"{interval.mean:.{digits}f}"
-    return f"{interval.mean:.{digits}f} ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
 
 
 def find(measured: Measures, estimate: str, target: str) -> Agreement:

@@ -32,14 +32,3 @@ def weighted_median(values: NDArray[np.number], weight: NDArray[np.float64]) -> 
     order = np.argsort(values, kind="stable")
     sums = np.cumsum(weight[order])
     return float(values[order][np.searchsorted(sums, sums[-1] / 2)]) if sums[-1] > 0 else math.nan
-
-
-def rank_correlation(one: NDArray[np.number], other: NDArray[np.number]) -> float:
-    """Spearman's: ties share their rank; 0 where one of the two is constant."""
-    ranks = []
-    for values in (one, other):
-        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(count) - (count - 1) / 2)[place])
-    if any(np.ptp(rank) == 0 for rank in ranks):
-        return 0.0
-    return float(np.corrcoef(*ranks)[0, 1])

@@ -10,8 +10,9 @@ import numpy as np
 
 from lark_fast.intervals import in_percent
 from lark_fast.progress import duration
+from lark_fast.ranks import rank_correlation
 from lark_fast.report import charts
-from lark_fast.report.measures import effective_sizes, rank_correlation, weighted_mean, weighted_median
+from lark_fast.report.measures import effective_sizes, weighted_mean, weighted_median
 from lark_fast.report.texts import tails
 
 if TYPE_CHECKING:

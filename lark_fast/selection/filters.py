@@ -36,20 +36,71 @@ class Filter(Protocol):
         """Let go of files."""
 
 
-class Where:
-    """Keeps the records in which a column of the pool holds: COLUMN for a true one, COLUMN=VALUE for an equal one.
-
-    A record without the column goes.
+class Condition:
+    """Whether a column of the pool holds: COLUMN for a true one, COLUMN=VALUE for an equal one.
 
     Args:
-        condition: as above.
+        text: as above.
+        option: that it was given with.
+    """
+
+    def __init__(self, text: str, option: str = "--where") -> None:
+        self.name, self._option = f"{option} {text}", option
+        self._column, equals, self._value = text.partition("=")
+        self._has_value, self._values, self._held = bool(equals), dict[str, None](), False  # some that were met
+
+    def holds(self, record: Record) -> bool:
+        """Of a record; not where it has no such column.
+
+        Raises:
+            UserError: a text that is to be true or false is neither.
+        """
+        value = _value_of(record, self._column)
+        if value is None:
+            return False
+        name = value_name(value)
+        if len(self._values) < _SHOWN_VALUES:
+            self._values[name] = None
+        holds = name == self._value if self._has_value else self._is_true(value, record)
+        self._held |= holds
+        return holds
+
+    def refuse_unmet(self) -> None:
+        """After all records.
+
+        Raises:
+            UserError: no record has the column, or the value.
+        """
+        if not self._values:
+            raise UserError(f"{self.name}: no record of the pool has a column {self._column!r}")
+        if self._has_value and not self._held:
+            values = ", ".join(map(repr, self._values))
+            more = ", ..." if len(self._values) == _SHOWN_VALUES else ""
+            raise UserError(f"{self.name}: is so for no record; {self._column} is {values}{more}")
+
+    def _is_true(self, value: Any, record: Record) -> bool:
+        if isinstance(value, str):
+            word = value.strip().lower()
+            if word not in _YES + _NO:
+                raise UserError(
+                    f"{record.source}:{record.line}: {self._column} is {value!r}, neither true nor false; "
+                    f"say {self._option} {self._column}=VALUE"
+                )
+            return word in _YES
+        return bool(value)
+
+
+class Where:
+    """Keeps the records for which a condition holds; a record without the column goes.
+
+    Args:
+        condition: see ``Condition``.
         size: rows of the scores.
     """
 
     def __init__(self, condition: str, size: int) -> None:
-        self.name = f"--where {condition}"
-        self._column, equals, self._value = condition.partition("=")
-        self._has_value, self._values = bool(equals), dict[str, None]()  # some of those that were met
+        self._condition = Condition(condition)
+        self.name = self._condition.name
         self._fails = np.zeros(size, dtype=bool)
         self._seen, self._count = np.zeros(size, dtype=np.int32 if size < 2**31 else np.int64), 0  # rows as they came
 
@@ -60,14 +111,7 @@ class Where:
             UserError: a text that is to be true or false is neither.
         """
         self._seen[self._count], self._count = row, self._count + 1
-        value = _value_of(record, self._column)
-        if value is None:
-            self._fails[row] = True
-            return
-        name = value_name(value)
-        if len(self._values) < _SHOWN_VALUES:
-            self._values[name] = None
-        self._fails[row] = name != self._value if self._has_value else not self._is_true(value, record)
+        self._fails[row] = not self._condition.holds(record)
 
     def removals(self, gone: NDArray[np.bool_] | None = None) -> Iterator[Removal]:
         """See ``Filter``.
@@ -75,12 +119,7 @@ class Where:
         Raises:
             UserError: no record has the column, or the value.
         """
-        if not self._values:
-            raise UserError(f"{self.name}: no record of the pool has a column {self._column!r}")
-        if self._has_value and self._fails.all():
-            values = ", ".join(map(repr, self._values))
-            more = ", ..." if len(self._values) == _SHOWN_VALUES else ""
-            raise UserError(f"{self.name}: is so for no record; {self._column} is {values}{more}")
+        self._condition.refuse_unmet()
         seen = self._seen[: self._count]
         for row in seen[self._fails[seen] if gone is None else self._fails[seen] & ~gone[seen]].tolist():
             yield Removal(row=row, reason=self.name)
@@ -91,17 +130,6 @@ class Where:
 
     def close(self) -> None:
         """Nothing is open."""
-
-    def _is_true(self, value: Any, record: Record) -> bool:
-        if isinstance(value, str):
-            word = value.strip().lower()
-            if word not in _YES + _NO:
-                raise UserError(
-                    f"{record.source}:{record.line}: {self._column} is {value!r}, neither true nor false; "
-                    f"say --where {self._column}=VALUE"
-                )
-            return word in _YES
-        return bool(value)
 
 
 class ColumnValues:

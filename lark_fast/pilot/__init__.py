@@ -1,0 +1,1 @@
+"""``lark-fast pilot``: which selection makes this student better, before a training run is spent on it?"""

@@ -1,0 +1,191 @@
+"""``lark-fast pilot``: short training runs of equal tokens on what each policy selects, from one student, side by side.
+
+DIR/pool.jsonl, held-out.jsonl, measured.jsonl   what is trained on, what is not, and of that whose loss counts
+DIR/scores, scores-held-out, selections          as ``score`` and ``select`` write them
+DIR/runs/                                        runs under way, and checkpoints that are to stay
+DIR/runs.jsonl                                   a line a run, as soon as it is done
+DIR/pilot.json, pilot.md, pilot.png              what they say together
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lark_fast.errors import UserError
+from lark_fast.files import atomic_open, refuse_overlap, write_json, writing_to
+from lark_fast.interrupts import Interrupts
+from lark_fast.intervals import refuse_without_scipy
+from lark_fast.line_store import LineStore
+from lark_fast.lock import refuse_taken
+from lark_fast.pilot import runs as training_runs
+from lark_fast.pilot import selections as making
+from lark_fast.pilot.config import DEFAULT_STEPS, FULL, PilotConfig
+from lark_fast.pilot.figure import draw_pilot
+from lark_fast.pilot.measures import measure
+from lark_fast.pilot.runs import Run, carry_out, folder_of, load, remove
+from lark_fast.pilot.selections import Selections, score_split
+from lark_fast.pilot.split import FILES, HELD_OUT, Split, choose_problems, write_split
+from lark_fast.pilot.summary import PilotSummary
+from lark_fast.pool.reading import Pool
+from lark_fast.progress import duration
+from lark_fast.rendering.renderer import Renderer
+from lark_fast.selection.policies import find_policy
+from lark_fast.student import fingerprint, load_config, load_tokenizer, student_files
+from lark_fast.training.data import TrainingSet
+from lark_fast.versions import versions
+
+LINES, RESULT, TABLES, FIGURE = "runs.jsonl", "pilot.json", "pilot.md", "pilot.png"
+_FOLDERS = (making.SCORES, making.SCORES_HELD_OUT, making.FOLDER, training_runs.FOLDER)
+# What decides a run; policies, seeds and buckets only decide which runs there are.
+_IDENTITY = (
+    "budget", "tokens", "lr", "global_batch", "evaluations", "where", "held_out_where", "top_k", "dtype",
+)  # fmt: skip
+
+
+def pilot(config: PilotConfig, say: Callable[[str], None] = lambda line: None) -> PilotSummary:
+    """Train on what each policy selects, and on each bucket of g_hat, and compare; see the files above.
+
+    Args:
+        config: what to do.
+        say: hears of every run that ends.
+
+    Raises:
+        UserError: bad input, or every run's loss explodes; finished runs are kept.
+        KeyboardInterrupt: stopped; finished runs, and steps of the one under way, are kept.
+    """
+    refuse_without_scipy("pilot")
+    for policy in config.policies:
+        if policy != FULL:
+            find_policy(policy)
+    inputs = {"--pool": Pool(config.pool).inputs, "--student": [student_files(config.student)]}
+    refuse_overlap(config.out, inputs | ({"--held-out": [Path(config.held_out)]} if config.held_out else {}))
+    refuse_taken(config.out)
+    with Interrupts():
+        student, tokenizer = (load(config.student, config.trust_remote_code) for load in (load_config, load_tokenizer))
+        options = config.options.fitting(getattr(student, "max_position_embeddings", None))
+        renderer = Renderer(tokenizer, options, vocab_size=student.vocab_size, chat_template=config.chat_template)
+        names = choose_problems(config)
+        identity = {
+            "student": fingerprint(config.student),
+            "problems": names.hash,
+            "template": renderer.template_hash,
+            **{name: getattr(config, name) for name in _IDENTITY},
+            "lora": config.lora and asdict(config.lora),
+            **asdict(options),
+        }
+        with _Store(config, identity) as store, writing_to(config.out):
+            split = write_split(config, names, renderer)
+            if store.runs and store.facts.get("content") != split.content:
+                raise UserError(
+                    f"--out {config.out}: the pool's or the held-out trajectories are not what they were; give another "
+                    "directory or --overwrite"
+                )
+            store.note(content=split.content)
+            score_split(config)
+            tokens = _train(store, config, renderer, say)
+            return _finish(store, config, split, tokens)
+
+
+class _Store(LineStore):
+    """The finished runs by contender and seed."""
+
+    def __init__(self, config: PilotConfig, identity: Mapping[str, Any]) -> None:
+        self.runs: dict[tuple[str, int], Run] = {}
+        super().__init__(
+            config.out,
+            identity,
+            lines=LINES,
+            results=(*FILES, RESULT, TABLES, FIGURE),
+            folders=_FOLDERS,
+            overwrite=config.overwrite,
+        )
+
+    def take(self, entry: dict[str, Any]) -> None:
+        """See ``LineStore``."""
+        run = Run.from_json(entry)
+        self.runs[run.contender, run.seed] = run
+
+
+def _train(store: _Store, config: PilotConfig, renderer: Renderer, say: Callable[[str], None]) -> int:
+    """All runs that are not done yet, a seed of every contender after the other; returns the tokens of a run."""
+    selections, sets = Selections(config), dict[str, TrainingSet]()
+
+    def data_of(contender: str, seed: int) -> TrainingSet:
+        path = str(selections.of(contender, seed).path)
+        if path not in sets:
+            sets[path] = load(selections.of(contender, seed), renderer)
+        return sets[path]
+
+    tokens = config.tokens
+    if tokens is None:
+        tokens = round(DEFAULT_STEPS * config.global_batch * float(data_of(FULL, 0).lengths.mean()))
+    wanted = [(contender, seed) for seed in range(config.seeds) for contender in config.contenders]
+    missing, started = [one for one in wanted if one not in store.runs], time.monotonic()
+    for number, (contender, seed) in enumerate(missing, 1):
+        run = carry_out(config, contender, seed, selections.of(contender, seed), data_of(contender, seed), tokens)
+        store.keep(run.as_json())
+        store.runs[contender, seed] = run
+        if not config.keep_checkpoints:
+            remove(folder_of(config, contender, seed))
+        left = (time.monotonic() - started) / number * (len(missing) - number)
+        ahead = f"; about {duration(left)} left" if number < len(missing) else ""
+        say(f"{len(store.runs)} of {len(wanted)} runs: {_told(run)}{ahead}")
+    return tokens
+
+
+def _told(run: Run) -> str:
+    if run.diverged is not None:
+        return f"{run.contender}, seed {run.seed}: {run.diverged}"
+    first, last = run.held_out[0][1], run.held_out[-1][1]
+    return (
+        f"{run.contender}, seed {run.seed}: {run.steps:,} steps, {run.tokens:,} tokens at "
+        f"{run.tokens_per_second:,.0f} tokens/s, held-out loss {first:.4f} -> {last:.4f}"
+    )
+
+
+def _finish(store: _Store, config: PilotConfig, split: Split, tokens: int) -> PilotSummary:
+    """Measure, and write what is to be read."""
+    out = Path(config.out)
+    runs = [store.runs[contender, seed] for seed in range(config.seeds) for contender in config.contenders]
+    if all(run.diverged is not None for run in runs):
+        raise UserError(f"every run's loss explodes; the first: {runs[0].diverged}")
+    held_out = [record.key for record in Pool([str(out / HELD_OUT)]).read()]
+    counted = set(split.measured)
+    measured = measure(
+        runs,
+        contenders=config.contenders,
+        baseline=config.baseline,
+        problems=[problem for problem, _ in held_out],
+        measured=[key in counted for key in held_out],
+    )
+    facts = {
+        "student": Path(config.student).name,
+        "pool": [Path(path).name for path in config.pool],
+        "where": config.where,
+        "held_out_where": config.held_out_where,
+        "trained_problems": split.pool_problems,
+        "trained_trajectories": split.pool_trajectories,
+        "held_out_problems": len({problem for problem, _ in split.measured}),
+        "held_out_trajectories": split.held_out_trajectories,
+        "measured_trajectories": len(split.measured),
+        "rejected": split.rejected,
+        "first_reject": split.first_reject,
+        "budget": config.budget,
+        "seeds": config.seeds,
+        "tokens": tokens,
+        "lr": config.lr,
+        "global_batch": config.global_batch,
+        "lora": config.lora and asdict(config.lora),
+        "dtype": config.dtype,
+        "device": config.device,
+        "versions": versions("torch", "transformers"),
+    }
+    summary = PilotSummary(out=config.out, measured=measured, runs=tuple(runs), facts=facts)
+    write_json(out / RESULT, summary.as_json())
+    with atomic_open(out / TABLES) as file:
+        file.write(summary.as_markdown())
+    draw_pilot(summary, out / FIGURE)
+    store.note(content=split.content, facts=facts)
+    return summary

@@ -1,0 +1,103 @@
+"""What a pilot's figures mean, in sentences made of them."""
+
+from collections.abc import Iterator
+
+from lark_fast.intervals import told
+from lark_fast.pilot.config import BUCKET, FEWEST_PROBLEMS
+from lark_fast.pilot.measures import Gap, Measures, Worth
+
+
+def verdict(measured: Measures, *, trained_problems: int, held_out_problems: int, seeds: int) -> list[str]:
+    """Sentences; where nothing separates the policies, one says so."""
+    said = list(_diverged(measured))
+    few = [
+        f"{count:,} problem(s) {what}"
+        for count, what in ((trained_problems, "to train on"), (held_out_problems, "held out"))
+        if count < FEWEST_PROBLEMS
+    ]
+    if few:
+        return [
+            *said,
+            f"Too small to say anything: {' and '.join(few)}, where {FEWEST_PROBLEMS} is the least. The figures "
+            "describe these problems and no others.",
+        ]
+    if seeds < 2:
+        return [*said, "One seed tells nothing of chance: run more (--seeds 3) before believing an order."]
+    if measured.gaps:
+        said += [_ends(measured.gaps), *_speed(measured.gaps), *_own(measured.gaps)]
+    elif not any(one.diverged for one in measured.outcomes):
+        said.append("Nothing was compared: give --policies two or more.")
+    if measured.worth is not None:
+        said.append(_worth(measured.worth))
+    return said
+
+
+def _diverged(measured: Measures) -> Iterator[str]:
+    blown = [one for one in measured.outcomes if one.diverged]
+    if blown:
+        names = ", ".join(f"{one.contender} ({one.diverged} of {one.runs})" for one in blown)
+        yield f"At this learning rate the loss explodes in runs of {names}: no figures of these. Lower --lr."
+
+
+def _ends(gaps: tuple[Gap, ...]) -> str:
+    """On the held-out loss at the end."""
+    baseline = gaps[0].baseline
+    apart = [gap for gap in gaps if gap.sign]
+    alike = [gap.policy for gap in gaps if not gap.sign]
+    if not apart:
+        return (
+            f"Nothing separates the policies here: the held-out loss after training on {_and(alike)} cannot be told "
+            f"from {baseline}'s. A longer run (--tokens), more seeds or more held-out problems might."
+        )
+    said = [
+        f"{gap.policy} ends {'below' if gap.sign < 0 else 'above'} {baseline} by {abs(gap.loss_over_seeds.mean):.4f} "
+        "nats a token"
+        for gap in apart
+    ]
+    rest = f"; {_and(alike)} cannot be told from it" if alike else ""
+    return f"On problems that nobody trained on, {'; '.join(said)}{rest}."
+
+
+def _speed(gaps: tuple[Gap, ...]) -> Iterator[str]:
+    """Where the area tells another story than the end."""
+    apart = [gap for gap in gaps if gap.area.sign and gap.area.sign != gap.sign]
+    if apart:
+        said = [f"{gap.policy}'s {'below' if gap.area.sign < 0 else 'above'} ({told(gap.area, 4)})" for gap in apart]
+        yield f"Along the way the mean held-out loss lies beside {gaps[0].baseline}'s: {'; '.join(said)}."
+
+
+def _own(gaps: tuple[Gap, ...]) -> Iterator[str]:
+    """The paper's claim: loss on what is selected falls faster."""
+    known = [gap for gap in gaps if gap.own_fall is not None]
+    if not known:
+        return
+    faster, slower = ([gap.policy for gap in known if gap.own_fall.sign == sign] for sign in (1, -1))
+    alike = [gap.policy for gap in known if gap.own_fall.sign == 0]
+    parts = [
+        f"{_and(names)} {how}"
+        for names, how in ((faster, "falls faster"), (slower, "falls more slowly"), (alike, "cannot be told from it"))
+        if names
+    ]
+    yield (
+        f"The loss of what each policy itself selects of held-out problems, beside that of {known[0].baseline}: of "
+        f"{'; of '.join(parts)}."
+    )
+
+
+def _worth(worth: Worth) -> str:
+    slope = told(worth.slope_over_seeds, 4)
+    if worth.sign == 0:
+        return (
+            "g_hat's rank does not tell what training on a trajectory is worth here: from the lowest to the highest "
+            f"the gain in held-out loss changes by {slope} nats a token over seeds, "
+            f"{told(worth.slope_over_problems, 4)} over problems."
+        )
+    more = "more" if worth.sign > 0 else "less"
+    return (
+        f"Trajectories that g_hat ranks higher are worth {more}: from the lowest to the highest the gain in held-out "
+        f"loss changes by {slope} nats a token (Spearman {worth.correlation:.2f} over {len(worth.ranks)} {BUCKET}s)."
+    )
+
+
+def _and(names: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
