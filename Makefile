@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test benchmarks aot lint format clean
+.PHONY: demo test benchmarks aot docs lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lark-fast demo --out demo-run
@@ -17,6 +17,9 @@ benchmarks: $(VENV)/.installed
 
 aot: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.aot
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.documents
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

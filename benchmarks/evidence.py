@@ -1,7 +1,8 @@
-"""``python -m benchmarks.evidence --student DIR --pool FILE --out DIR``: does the score predict what training does here?
+"""``python -m benchmarks.evidence --student DIR --pool FILE --out DIR``: does the score predict what training does?
 
-Runs ``lark-fast diagnose``, ``score``, ``select`` and ``pilot`` one after the other as a user would, each going on where
-it was stopped, and writes what they left into one file, evidence.json: the record that docs/results.md is made of.
+Runs ``lark-fast diagnose``, ``score``, ``select`` and ``pilot`` one after the other as a user would, each going on
+where it was stopped, and writes what they left into one file, evidence.json. Committed unedited as
+``benchmarks/results/<device>/evidence-<date>-<pool>.json`` it is what ``benchmarks.documents`` writes docs/ from.
 """
 
 import argparse

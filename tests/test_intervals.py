@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lark_fast.intervals import mean_interval, paired_difference
+from lark_fast.intervals import (
+    Interval,
+    clustered_interval,
+    mean_interval,
+    paired_difference,
+    paired_intervals,
+    slope_interval,
+    t_interval,
+    told,
+)
 
 
 def enumerated_p_value(differences):
@@ -167,3 +176,76 @@ def test_runs_alike():
 def test_runs_of_different_length():
     with pytest.raises(ValueError, match="2 values are to be paired with 3"):
         paired_difference([0, 1], [0, 1, 1])
+
+
+def test_the_mean_of_a_few_runs_is_students():
+    values = np.array([2.1, 2.4, 2.0, 2.2])
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    found = t_interval(values)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    wider = t_interval(values, confidence=0.99)
+    assert wider.low < found.low
+    assert math.isnan(t_interval([1.0]).low)
+
+
+def test_two_treatments_of_paired_intervals_are_the_paired_t_test():
+    values = np.random.default_rng(1).normal(size=(2, 5))
+    expected = stats.ttest_rel(values[1], values[0]).confidence_interval(0.95)
+    base, found = paired_intervals(values, 0)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert (base.mean, base.low, base.high, base.sign) == (0, 0, 0, 0)
+
+
+def test_paired_intervals_hold_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(2)
+    effects, held = np.array([0.0, 0.3, -0.2, 0.1]), []
+    for _ in range(2000):
+        values = effects[:, None] + rng.normal(0, 2, 3) + rng.normal(0, 0.1, (4, 3))
+        found = paired_intervals(values, 0, confidence=0.9)[1]
+        held.append(found.low <= 0.3 <= found.high)
+    assert np.mean(held) == pytest.approx(0.9, abs=0.02)
+
+
+def test_one_seed_gives_no_paired_interval():
+    assert all(math.isnan(one.low) for one in paired_intervals([[1.0], [2.0]], 0)[1:])
+    with pytest.raises(ValueError, match="finite"):
+        paired_intervals([[1.0, math.nan]], 0)
+
+
+def test_a_slope_of_one_seed_is_linear_regression():
+    x, y = np.array([0.1, 0.3, 0.5, 0.7, 0.9]), np.array([1.0, 1.4, 1.1, 1.9, 1.6])
+    expected = stats.linregress(x, y)
+    found = slope_interval(x, y[:, None])
+    assert found.mean == pytest.approx(expected.slope)
+    assert found.high - found.mean == pytest.approx(expected.stderr * stats.t.ppf(0.975, 3))
+    # Seeds that differ by an offset say the same, more surely.
+    more = slope_interval(x, y[:, None] + np.array([0.0, 5.0, -3.0]))
+    assert more.mean == pytest.approx(found.mean)
+    assert more.high - more.low < found.high - found.low
+
+
+def test_groups_are_drawn_whole():
+    rng = np.random.default_rng(4)
+    offsets = rng.normal(0, 1, 40)
+    groups = np.repeat(np.arange(40), 10)
+    values = offsets[groups] + rng.normal(0, 0.01, 400)
+    found = clustered_interval(lambda column: float(column.mean()), groups, values)
+    error = offsets.std(ddof=1) / 40**0.5
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * error, rel=0.15)
+    assert found.mean == pytest.approx(values.mean())
+    # Ten rows a group are not ten times as much to go by.
+    alone = clustered_interval(lambda column: float(column.mean()), np.arange(400), values)
+    assert alone.high - alone.low < 0.5 * (found.high - found.low)
+
+
+def test_groups_without_a_value():
+    assert math.isnan(clustered_interval(lambda column: float(column.mean()), ["a", "a"], [1.0, 2.0]).low)
+    nothing = clustered_interval(lambda column: math.nan, ["a", "b"], [1.0, 2.0])
+    assert math.isnan(nothing.mean)
+    assert math.isnan(nothing.low)
+
+
+def test_an_interval_as_people_read_it():
+    assert told(Interval(mean=0.451, low=0.3, high=0.6)) == "0.45 (0.30 to 0.60)"
+    assert told(Interval(mean=0.451, low=math.nan, high=math.nan), 1) == "0.5"
+    assert told(Interval(mean=math.nan, low=math.nan, high=math.nan)) == "unknown"
