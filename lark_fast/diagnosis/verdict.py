@@ -62,10 +62,12 @@ def _assumptions(measured: Measures) -> Iterator[str]:
 
 def _agreement(measured: Measures) -> Iterator[str]:
     ours = find(measured, "g_hat", "dR/dq")
+    best = ""
+    if math.isfinite(ours.by_chance):  # some problem has more candidates than the budget
+        best = f"; {_percent(ours.top)} of the best are the same, where lots would give {ours.by_chance:.0%}"
     yield (
         f"{_how('g_hat', 'the exact dR/dq', ours.spearman)}: Spearman {told(ours.spearman)}, Pearson "
-        f"{told(ours.pearson)} within problems; {_percent(ours.top)} of the best are the same, where lots would give "
-        f"{ours.by_chance:.0%}."
+        f"{told(ours.pearson)} within problems{best}."
     )
     norms, short = find(measured, "g_hat with exact |grad nll|^2", "dR/dq"), find(measured, "shortness", "dR/dq")
     corrected = find(measured, "g_hat with Brier x tokens^slope", "dR/dq")
