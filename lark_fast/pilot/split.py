@@ -7,7 +7,8 @@ DIR/held-out.jsonl   all candidates of the problems that nobody trains on; ``mea
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,69 +82,77 @@ def write_split(config: PilotConfig, names: Names, renderer: Renderer) -> Split:
     """Write the three files into ``out``; what the student cannot read is left out.
 
     Raises:
-        UserError: there is nothing to measure, or a held-out problem is in the pool.
+        UserError: there is nothing to train on or to measure, or a held-out problem is in the pool.
     """
-    out, digest = Path(config.out), hashlib.sha256()
-    measured: list[tuple[str, str]] = []
-    counts, faults = {POOL: 0, HELD_OUT: 0}, list[str]()
-    fit = [Condition(text, "--held-out-where") for text in config.held_out_where]
-    seen: set[tuple[str, str]] = set()
-
-    def put(name: str, file: Any, record: Record) -> None:
-        line = json.dumps(_as_json(record)) + "\n"
-        digest.update(f"{name} {line}".encode())
-        file.write(line)
-
-    with (
-        atomic_open(out / POOL) as pool,
-        atomic_open(out / HELD_OUT) as held_out,
-        atomic_open(out / MEASURED) as to_measure,
-    ):
-
-        def hold_out(record: Record) -> None:
-            counts[HELD_OUT] += 1
-            put(HELD_OUT, held_out, record)
-            # Every condition is asked, so that each knows whether it ever holds.
-            if all([condition.holds(record) for condition in fit]):
-                measured.append(record.key)
-                put(MEASURED, to_measure, record)
-
-        for record in _records(config.pool, "dividing the pool", _conditions(config), faults, renderer):
-            if record.key in seen:
-                continue
-            seen.add(record.key)
-            if record.key[0] in names.held_out:
-                hold_out(record)
-            elif record.key[0] in names.trained:
-                counts[POOL] += 1
-                put(POOL, pool, record)
-        if not counts[POOL]:
-            why = f"; the first of {len(faults):,}: {faults[0]}" if faults else ""
-            raise UserError(f"--pool {' '.join(config.pool)}: no trajectory can be trained on{why}")
-        seen.clear()
-        more = [config.held_out] if config.held_out else []
-        for record in _records(more, "reading --held-out", _conditions(config), faults, renderer) if more else ():
+    faults: list[str] = []
+    drawn, pool = names.held_out | names.trained, " ".join(config.pool)
+    with ExitStack() as stack:
+        files = _Files(config, stack)
+        for record in _once(_records(config.pool, "dividing the pool", _conditions(config), faults, renderer, drawn)):
             if record.key[0] in names.trained:
-                raise UserError(
-                    f"{record.source}:{record.line}: problem {record.key[0]!r} is in --pool too, and would be trained "
-                    "on; take it out of one of them"
-                )
-            if record.key not in seen:
-                seen.add(record.key)
-                hold_out(record)
-        for condition in fit:
-            condition.refuse_unmet()
-        if not measured:
-            raise UserError("there is no held-out trajectory to measure the loss on; give other --held-out-where")
+                files.put(POOL, record)
+            else:
+                files.hold_out(record)
+        if not files.counts[POOL]:
+            why = f"; the first of {len(faults):,} faults: {faults[0]}" if faults else ""
+            raise UserError(f"--pool {pool}: no trajectory can be trained on{why}")
+        if config.held_out:
+            others = [config.held_out]
+            for record in _once(_records(others, "reading --held-out", _conditions(config), faults, renderer)):
+                if record.key[0] in names.trained:
+                    raise UserError(
+                        f"{record.source}:{record.line}: problem {record.key[0]!r} is in --pool too, and would be "
+                        "trained on; take it out of one of them"
+                    )
+                files.hold_out(record)
+        files.refuse_nothing_to_measure()
     return Split(
         pool_problems=len(names.trained),
-        pool_trajectories=counts[POOL],
-        held_out_trajectories=counts[HELD_OUT],
-        measured=tuple(measured),
+        pool_trajectories=files.counts[POOL],
+        held_out_trajectories=files.counts[HELD_OUT],
+        measured=tuple(files.measured),
         rejected=len(faults),
         first_reject=faults[0] if faults else "",
-        content=digest.hexdigest(),
+        content=files.digest.hexdigest(),
     )
+
+
+class _Files:
+    """The three files, until the stack closes them."""
+
+    def __init__(self, config: PilotConfig, stack: ExitStack) -> None:
+        self._files = {name: stack.enter_context(atomic_open(Path(config.out, name))) for name in FILES}
+        self._fit = [Condition(text, "--held-out-where") for text in config.held_out_where]
+        self.counts, self.measured = dict.fromkeys(FILES, 0), list[tuple[str, str]]()
+        self.digest = hashlib.sha256()
+
+    def put(self, name: str, record: Record) -> None:
+        line = json.dumps(_as_json(record)) + "\n"
+        self.digest.update(f"{name} {line}".encode())
+        self._files[name].write(line)
+        self.counts[name] += 1
+
+    def hold_out(self, record: Record) -> None:
+        self.put(HELD_OUT, record)
+        # Every condition is asked, so that each knows whether it ever holds.
+        if all([condition.holds(record) for condition in self._fit]):
+            self.measured.append(record.key)
+            self.put(MEASURED, record)
+
+    def refuse_nothing_to_measure(self) -> None:
+        for condition in self._fit:
+            condition.refuse_unmet()
+        if not self.measured:
+            raise UserError("there is no held-out trajectory to measure the loss on; give other --held-out-where")
+
+
+def _once(records: Iterable[Record]) -> Iterator[Record]:
+    """Those whose key did not come before."""
+    seen: set[tuple[str, str]] = set()
+    for record in records:
+        if record.key not in seen:
+            seen.add(record.key)
+            yield record
 
 
 def _conditions(config: PilotConfig) -> list[Condition]:
@@ -156,13 +165,19 @@ def _records(
     wanted: Iterable[Condition],
     faults: list[str] | None = None,
     renderer: Renderer | None = None,
+    among: Collection[str] | None = None,
 ) -> Iterator[Record]:
-    """Those for which all conditions hold and, with a renderer, which the student can read; others are ``faults``."""
+    """Those of some problems for which all conditions hold; with a renderer, which the student can read.
+
+    What cannot be read is added to ``faults``.
+    """
     pool = Pool(paths)
     with track(doing, pool.total_bytes) as progress:
         for item in pool.read():
             progress.update(pool.bytes_read)
             fault = item.reason if isinstance(item, Rejected) else ""
+            if not fault and among is not None and item.key[0] not in among:
+                continue
             if not fault and not all([condition.holds(item) for condition in wanted]):
                 continue
             if not fault and renderer is not None:
