@@ -3,9 +3,13 @@
 import json
 import signal
 import time
+import weakref
 
 import pytest
 
+from lark_fast.pilot.config import PilotConfig
+from lark_fast.pilot.run import pilot
+from lark_fast.student import load_student
 from tests.command import make_records, write_jsonl, write_student
 
 PROBLEMS = 42
@@ -209,3 +213,31 @@ def test_bad_usage(tmp_path, pool, student, options, said, forks):
         "pilot", "--pool", pool, "--student", student, "--out", tmp_path / "out", *OPTIONS, *options, code=2
     )
     assert said in done.stderr
+
+
+def test_a_run_leaves_no_student_behind(tmp_path, pool, student, monkeypatch):
+    # A GPU that holds one student with its moments need not hold two.
+    students = []
+
+    def load(*arguments, **settings):
+        loaded = load_student(*arguments, **settings)
+        students.append(weakref.ref(loaded.model))
+        return loaded
+
+    monkeypatch.setattr("lark_fast.training.run.load_student", load)
+    monkeypatch.setattr("lark_fast.training.run.matmul_ceiling", lambda *_: 1e12)
+    pilot(
+        PilotConfig(
+            pool=(str(pool),),
+            student=str(student),
+            out=str(tmp_path / "out"),
+            policies=("random",),
+            seeds=2,
+            buckets=0,
+            tokens=300,
+            global_batch=4,
+            problems=4,
+        ),
+        say=lambda line: students.append(students[-1]() is None),
+    )
+    assert students[1::2] == [True, True]

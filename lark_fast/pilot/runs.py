@@ -99,32 +99,7 @@ def carry_out(
     steps = steps_for(data, tokens, batch, seed)
     diverged, speed = None, 0.0
     try:
-        summary = train(
-            TrainConfig(
-                data=str(selection.path),
-                student=config.student,
-                out=str(folder),
-                eval_data=str(Path(config.out, MEASURED)),
-                eval_every=-(-steps // config.evaluations),
-                probe=str(Path(config.out, HELD_OUT)),
-                epochs=-(-steps // steps_per_epoch(len(data), batch)),
-                max_steps=steps,
-                lr=config.lr,
-                global_batch=batch,
-                tokens_per_batch=config.tokens_per_batch,
-                dtype=config.dtype,
-                lora=config.lora,
-                device=config.device,
-                seed=seed,
-                save_every=_SAVE_EVERY,
-                gradient_checkpointing=config.gradient_checkpointing,
-                options=config.options,
-                chat_template=config.chat_template,
-                overwrite=config.overwrite,
-                trust_remote_code=config.trust_remote_code,
-            )
-        )
-        speed = summary.tokens_per_second
+        speed = train(_training(config, seed, selection, folder, steps, len(data))).tokens_per_second
     except DivergedError as error:
         diverged = str(error)
     training, held_out, tokens_done = [], [], 0
@@ -153,6 +128,33 @@ def carry_out(
         own=own,
         teachers={name: round(share, 4) for name, share in selection.teachers.items()},
         diverged=diverged,
+    )
+
+
+def _training(config: PilotConfig, seed: int, selection: Selection, folder: Path, steps: int, rows: int) -> TrainConfig:
+    """What ``lark-fast train`` is asked to do for one run."""
+    return TrainConfig(
+        data=str(selection.path),
+        student=config.student,
+        out=str(folder),
+        eval_data=str(Path(config.out, MEASURED)),
+        eval_every=-(-steps // config.evaluations),
+        probe=str(Path(config.out, HELD_OUT)),
+        epochs=-(-steps // steps_per_epoch(rows, config.global_batch)),
+        max_steps=steps,
+        lr=config.lr,
+        global_batch=config.global_batch,
+        tokens_per_batch=config.tokens_per_batch,
+        dtype=config.dtype,
+        lora=config.lora,
+        device=config.device,
+        seed=seed,
+        save_every=_SAVE_EVERY,
+        gradient_checkpointing=config.gradient_checkpointing,
+        options=config.options,
+        chat_template=config.chat_template,
+        overwrite=config.overwrite,
+        trust_remote_code=config.trust_remote_code,
     )
 
 
