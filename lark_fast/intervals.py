@@ -146,6 +146,21 @@ def slope_interval(x: ArrayLike, values: ArrayLike, *, confidence: float = CONFI
     return Interval(mean=slope, low=slope - half, high=slope + half)
 
 
+def joint_interval(*intervals: Interval) -> Interval:
+    """Of one figure with several independent sources of chance, an interval for each: had all of them been otherwise.
+
+    Half widths add as their squares. For normal errors that is exact; with Student's t in one of them, a little wide.
+    Asking that each interval by itself excludes 0 would not do: of two sources alike, 17 % of figures that are 0 would
+    seem to differ at 95 %.
+
+    Args:
+        intervals: of the same mean.
+    """
+    mean = intervals[0].mean
+    low, high = (math.sqrt(sum((getattr(one, side) - one.mean) ** 2 for one in intervals)) for side in ("low", "high"))
+    return Interval(mean=mean, low=mean - low, high=mean + high)
+
+
 def clustered_interval(
     statistic: Callable[..., float],
     groups: ArrayLike,

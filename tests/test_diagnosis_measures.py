@@ -132,6 +132,33 @@ def test_steps_that_explode():
         assert "real steps" not in said
 
 
+def test_steps_that_are_lost_in_rounding():
+    found = lines(after=1.0)
+    measured = measure(found, budget=B)
+    assert measured.adamw.too_small
+    assert not measured.adamw.too_large
+    said = " ".join(verdict(measured, lr=1e-9))
+    assert "AdamW at lr 1e-09 is lost in the digits" in said
+    assert "Raise --lr" in said
+
+
+def test_problems_where_a_loss_rose_are_left_out_of_the_pace_and_counted():
+    found = lines(20)
+    for one in found[:2]:
+        one["steps"]["adamw"]["chi2"]["after"] = 1.1
+    measured = measure(found, budget=B)
+    (pace,) = measured.paces
+    assert (pace.problems, pace.left_out) == (20, 2)
+    assert "without 2 problems where a loss did not fall" in " ".join(verdict(measured, lr=1e-5))
+
+
+def test_a_problem_of_which_nothing_is_finite():
+    broken = {"problem_id": "b", "not_finite": ["pool.jsonl:8", "pool.jsonl:9"], "nll": []}
+    measured = measure([*lines(9), broken], budget=B)
+    assert measured.problems == 9
+    assert measured.not_finite == ("pool.jsonl:8", "pool.jsonl:9")
+
+
 def test_few_problems_and_trajectories_left_out():
     said = verdict(measure([*lines(7), line(8, finite=False)], budget=B), lr=1e-5)
     assert "loss or gradient of 1 trajectories is not finite (pool.jsonl:5 first)" in said[0]

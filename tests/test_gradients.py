@@ -101,6 +101,19 @@ def test_last_layer_is_the_head_alone(make):
     assert close(gram, torch.stack(found)).all()
 
 
+def test_steps_of_a_tied_head_leave_the_embedding():
+    model, rows = tiny_qwen2(101), trajectories()
+    gradients = Gradients(Student(model), "last-layer")
+    embedding = model.get_input_embeddings().weight.detach().clone()
+    seen = []
+    model.model.register_forward_hook(lambda module, inputs, out: seen.append(out[0].detach().clone()))
+    before, after = gradients.losses_around_step(rows[:1], [1.0], lr=1e-2, steps=2, adaptive=True)
+    assert after < before
+    assert len(seen) == 3
+    assert all(torch.equal(hidden, seen[0]) for hidden in seen)
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
+
+
 def test_lora_adapters_as_training_begins_with():
     model, rows = tiny_llama(101), trajectories()
     gradients = Gradients(Student(model), "lora", seed=3)
@@ -122,7 +135,7 @@ def test_fewer_gradients_in_memory_give_the_same(held):
 
 
 def test_no_memory_for_gradients_is_told(monkeypatch):
-    monkeypatch.setattr("os.sysconf", lambda name: 300)
+    monkeypatch.setattr("lark_fast.diagnosis.gradients.available_memory", lambda device: 1 << 18)
     with pytest.raises(UserError, match="--parameters lora or last-layer"):
         Gradients(Student(tiny_llama(101)), "all")
 

@@ -10,6 +10,7 @@ from scipy import stats
 from lark_fast.intervals import (
     Interval,
     clustered_interval,
+    joint_interval,
     mean_interval,
     paired_difference,
     paired_intervals,
@@ -249,3 +250,18 @@ def test_an_interval_as_people_read_it():
     assert told(Interval(mean=0.451, low=0.3, high=0.6)) == "0.45 (0.30 to 0.60)"
     assert told(Interval(mean=0.451, low=math.nan, high=math.nan), 1) == "0.5"
     assert told(Interval(mean=math.nan, low=math.nan, high=math.nan)) == "unknown"
+
+
+def test_two_sources_of_chance_together():
+    rng = np.random.default_rng(5)
+    wrong = alone = 0
+    for _ in range(2000):
+        value = rng.normal(0, 1) + rng.normal(0, 1)
+        one = Interval(mean=value, low=value - 1.96, high=value + 1.96)
+        wrong += joint_interval(one, one).sign != 0
+        alone += one.sign != 0
+    assert wrong / 2000 == pytest.approx(0.05, abs=0.015)
+    assert alone / 2000 > 0.15  # what it would be if each interval had to exclude 0
+    nobody = joint_interval(one, Interval(mean=value, low=math.nan, high=math.nan))
+    assert math.isnan(nobody.low)
+    assert nobody.sign == 0

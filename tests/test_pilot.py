@@ -168,6 +168,40 @@ def test_a_rate_at_which_the_loss_explodes(tmp_path, pool, student, forks):
     assert [run["diverged"] is None for run in jsonl(tmp_path / "out" / "runs.jsonl")] == [False, False]
 
 
+def test_fewer_buckets_where_candidates_are_few(tmp_path, student, forks):
+    pairs = write_jsonl(tmp_path / "pool.jsonl", make_records(12, candidates=2))
+    arguments = ("pilot", "--pool", pairs, "--student", student, "--out", tmp_path / "out", *OPTIONS, "--seeds", 1)
+    done = forks.run(*arguments, "--buckets", 5, "--policies", "full")
+    assert "2 buckets instead of 5: the problems have too few candidates" in done.stdout
+    assert {run["contender"] for run in jsonl(tmp_path / "out" / "runs.jsonl")} == {
+        *("full", "bucket-1-of-2", "bucket-2-of-2")
+    }
+    single = write_jsonl(tmp_path / "single.jsonl", make_records(12, candidates=1))
+    arguments = ("--student", student, "--out", tmp_path / "single", *OPTIONS, "--seeds", 1, "--policies", "")
+    done = forks.run("pilot", "--pool", single, *arguments, code=2)
+    assert "no problem has two candidates" in done.stderr
+
+
+def test_what_cannot_be_selected_is_told_before_anything_is_trained(tmp_path, pool, student, forks):
+    done = forks.run(
+        *("pilot", "--pool", pool, "--student", student, "--out", tmp_path / "out", *OPTIONS),
+        *("--policies", "random,local"),
+        code=2,
+    )
+    assert "local_step_nll" in done.stderr
+    assert not jsonl(tmp_path / "out" / "runs.jsonl")
+
+
+def test_a_pilot_killed_between_a_line_and_the_clearing(tmp_path, pool, student, forks):
+    arguments = ("pilot", "--pool", pool, "--student", student, "--out", tmp_path / "out", *OPTIONS, "--buckets", 0)
+    forks.run(*arguments, "--seeds", 1, "--policies", "random")
+    left = tmp_path / "out" / "runs" / "random-0"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"large")
+    forks.run(*arguments, "--seeds", 1, "--policies", "random")
+    assert not left.exists()
+
+
 def test_a_held_out_file_of_ones_own(tmp_path, pool, student, forks):
     others = [{**record, "problem_id": f"other-{record['problem_id']}"} for record in records(9)]
     held_out = write_jsonl(tmp_path / "held_out.jsonl", others)

@@ -87,7 +87,7 @@ def _draw_agreement(axes: "Axes", measured: Measures) -> None:
 def _draw_pace(axes: "Axes", measured: Measures) -> None:
     axes.set(title="How fast a weighted loss falls", xlabel="times as fast, mean and 95 % over problems")
     series = [("exact R(q)", BLUE, [pace.exact for pace in measured.paces])]
-    if not measured.adamw.too_large:
+    if not (measured.adamw.too_large or measured.adamw.too_small):
         series.append(("AdamW steps", ORANGE, [pace.adamw for pace in measured.paces]))
     _draw_intervals(axes, [f"{pace.policy} / {pace.beside}" for pace in measured.paces], series)
     axes.axvline(1, color=GREY, linewidth=1)

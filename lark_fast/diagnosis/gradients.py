@@ -1,6 +1,5 @@
 """Gradients of single trajectories by autograd, their inner products, and steps along them that are taken back."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import Tensor
 from lark_fast.batch import make_batch
 from lark_fast.diagnosis.config import Parameters
 from lark_fast.errors import UserError
+from lark_fast.memory import available_memory
 from lark_fast.packing import length_batches, packs
 from lark_fast.rendering.renderer import Rendered
 from lark_fast.student import Student
@@ -30,7 +30,7 @@ class Gradients:
     The loss is sum_k q_k nll_k with nll_k the mean over the trajectory's scored tokens, as in training; dropout is off.
 
     Args:
-        student: its parameters are left as they are, but for adapters, which stay.
+        student: its parameters are left as they are, but for adapters, which stay, and a tied head, which is untied.
         parameters: see ``DiagnoseConfig``.
         seed: of adapters.
 
@@ -47,6 +47,9 @@ class Gradients:
                 add_adapters(student, LoraOptions())
         else:
             model.requires_grad_(parameters == "all")
+            if parameters == "last-layer":  # one that is tied must not take the embedding along
+                output = model.get_output_embeddings()
+                output.weight = torch.nn.Parameter(output.weight.detach().clone())
             for part in (student.head.weight, student.head.bias) if parameters == "last-layer" else ():
                 if part is not None:
                     part.requires_grad_(True)
@@ -169,13 +172,8 @@ class Gradients:
 
     def _how_many_fit(self) -> int:
         """How many gradients can be held; a backward pass needs one more beside them."""
-        device = self.student.device
-        if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0]
-        else:
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         one = self.size * self._dtype.itemsize
-        fitting = int(_MEMORY_SHARE * free / one) - 1
+        fitting = int(_MEMORY_SHARE * available_memory(self.student.device) / one) - 1
         if fitting < 2:
             raise UserError(
                 f"a gradient of {self.size:,} parameters takes {one / 2**30:.1f} GiB, and three do not fit: take "

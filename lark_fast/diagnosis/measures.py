@@ -20,6 +20,7 @@ Line = Mapping[str, Any]
 FULL, BY_LOT = "full", "chi2 by lot"
 PACES = (("chi2", FULL), ("random", FULL), ("topb", "random"), ("chi2", BY_LOT))  # what is compared with what
 WIDE = (0.1, 0.9)  # quantiles that tell how far something spreads
+_FEW = 0.1  # of the runs, that may go wrong
 _NOTHING = Interval(mean=math.nan, low=math.nan, high=math.nan)
 
 
@@ -90,10 +91,13 @@ class Pace:
     Attributes:
         exact: the ratio of R(q), geometric mean over problems.
         descent, adamw: the same of the rates measured over real steps.
+        problems, left_out: in which both weigh; of these, without AdamW's rate, for a loss did not fall.
     """
 
     policy: str
     beside: str
+    problems: int
+    left_out: int
     exact: Interval
     descent: Interval
     adamw: Interval
@@ -105,18 +109,25 @@ class Steps:
 
     Attributes:
         runs: trajectories and weightings that were trained on.
-        rose: of these, those whose loss was no lower afterwards, or not finite.
+        rose: of these, those whose loss was higher afterwards, or not finite.
+        still: those whose loss did not move: steps below what the parameters' digits can hold.
         ratio: measured rate over the one that gradient flow foretells, of trajectories alone: median over problems.
     """
 
     runs: int
     rose: int
+    still: int
     ratio: Interval
 
     @property
     def too_large(self) -> bool:
         """The steps overshoot, so that there is no rate to speak of."""
-        return self.rose > 0.1 * self.runs
+        return self.rose > _FEW * self.runs
+
+    @property
+    def too_small(self) -> bool:
+        """The steps are lost in rounding, so that there is no rate to speak of."""
+        return self.still > _FEW * self.runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,13 +153,15 @@ def measure(lines: Sequence[Line], *, budget: int) -> Measures:
         lines: of problems.jsonl, one or more, one or more candidates each.
         budget: B of the agreement of the best.
     """
+    not_finite = tuple(name for line in lines for name in line["not_finite"])
+    lines = [line for line in lines if line["nll"]]
     several = [line for line in lines if len(line["nll"]) > 1]
     kappa = _kappa(lines)
     return Measures(
         problems=len(several),
         trajectories=sum(len(line["nll"]) for line in lines),
         tokens=sum(int(_tokens(line).sum()) for line in lines),
-        not_finite=tuple(name for line in lines for name in line["not_finite"]),
+        not_finite=not_finite,
         kappa=kappa,
         overlap=_overlap(lines),
         agreements=tuple(_agreements(several, kappa.slope.mean, budget)),
@@ -176,7 +189,7 @@ def _kappa(lines: Sequence[Line]) -> Kappa:
     found = {
         "median": clustered_interval(lambda kappa: math.exp(np.median(kappa)), groups, log),
         "spread": clustered_interval(_spread, groups, log),
-        "within": clustered_interval(_within, groups, log, np.array(groups)),
+        "within": _within(log, np.array(groups)),
         "slope": clustered_interval(lambda kappa, length: _line(kappa, length)[0], groups, log, log_tokens),
         "explained": clustered_interval(_explained, groups, log, log_tokens),
         "spread_at_length": clustered_interval(
@@ -194,10 +207,10 @@ def _spread(log: Floats) -> float:
     return math.exp(high - low)
 
 
-def _within(log: Floats, groups: NDArray[np.int64]) -> float:
-    """A problem that is drawn twice counts as one: it spreads as it did."""
-    ratios = [np.ptp(log[groups == group]) for group in np.unique(groups)]
-    return math.exp(np.median(ratios))
+def _within(log: Floats, groups: NDArray[np.int64]) -> Interval:
+    problems = np.unique(groups)
+    ratios = [np.ptp(log[groups == group]) for group in problems]
+    return clustered_interval(lambda own: math.exp(np.median(own)), problems, ratios)
 
 
 def _line(log: Floats, log_tokens: Floats) -> Floats:
@@ -309,20 +322,21 @@ def _agreement(
 
 
 def _steps(lines: Sequence[Line], optimizer: str) -> Steps:
-    runs = rose = 0
+    runs = rose = still = 0
     ratios, groups = [], []
     for number, line in enumerate(lines):
         taken = line["steps"][optimizer]
         every = [*taken["alone"], *(run for name, run in taken.items() if name != "alone")]
         runs += len(every)
-        rose += sum(run["after"] is None or run["before"] is None or run["after"] >= run["before"] for run in every)
+        rose += sum(run["after"] is None or run["before"] is None or run["after"] > run["before"] for run in every)
+        still += sum(run["after"] is not None and run["after"] == run["before"] for run in every)
         foretold = np.diag(np.array(line["gram"])) / np.array(line["nll"])
         with np.errstate(divide="ignore", invalid="ignore"):
             own = np.array([_rate(run) / run["lr"] if run["lr"] else math.nan for run in taken["alone"]]) / foretold
         ratios += _finite(own).tolist()
         groups += [number] * len(_finite(own))
     ratio = clustered_interval(lambda values: float(np.median(values)), groups, ratios) if ratios else _NOTHING
-    return Steps(runs=runs, rose=rose, ratio=ratio)
+    return Steps(runs=runs, rose=rose, still=still, ratio=ratio)
 
 
 def _paces(lines: Sequence[Line]) -> Iterator[Pace]:
@@ -339,7 +353,13 @@ def _paces(lines: Sequence[Line]) -> Iterator[Pace]:
                 ratios.append(_log_ratio(*(_rate(run) / run["lr"] if run["lr"] else math.nan for run in runs)))
         if exact:
             ratios = {"exact": exact, "descent": measured["sgd"], "adamw": measured["adamw"]}
-            yield Pace(policy=pair[0], beside=pair[1], **{name: _ratio(logs) for name, logs in ratios.items()})
+            yield Pace(
+                policy=pair[0],
+                beside=pair[1],
+                problems=len(exact),
+                left_out=int(np.isnan(measured["adamw"]).sum()),
+                **{name: _ratio(logs) for name, logs in ratios.items()},
+            )
 
 
 def _rate(run: Mapping[str, Any]) -> float:

@@ -121,7 +121,10 @@ def _measure_problems(store: _Store, student: "Student", sample: Sample, config:
                 # Of a single problem, there is none.
                 stranger = names[(number + 1) % len(names)]
                 other = sample.problems[stranger][0] if stranger != name else None
-                line = _measure_problem(name, sample.problems[name], other, scorer, gradients, config)
+                untried = not any(line["nll"] for line in store.lines.values())
+                line = _measure_problem(
+                    name, sample.problems[name], other, scorer, gradients, config, first_of_all=untried
+                )
                 store.keep(line)
                 store.take(line)
             done += tokens[name]
@@ -136,23 +139,29 @@ def _measure_problem(
     scorer: Scorer,
     gradients: Gradients,
     config: DiagnoseConfig,
+    *,
+    first_of_all: bool,
 ) -> dict[str, Any]:
     """A line of problems.jsonl; candidates whose loss or gradient is not finite are named in it and left out.
 
-    ``stranger`` is a trajectory of another problem.
+    ``stranger`` is a trajectory of another problem; ``first_of_all``: nothing has been measured yet.
     """
     stats = scorer.score_rendered([one.rendered for one in candidates])
     count = len(candidates)
     gram = gradients.gram([one.rendered for one in candidates], None if stranger is None else stranger.rendered)
     nll, brier = (np.array([getattr(one, name) for one in stats]) for name in ("nll", "brier_used"))
     usable = np.flatnonzero(np.isfinite(nll) & np.isfinite(brier) & np.isfinite(np.diag(gram)[:count]) & (nll > 0))
-    if not len(usable):
+    if not len(usable) and first_of_all:
         first = candidates[0].record
         raise UserError(
             f"{first.source}:{first.line}: the student's loss or its gradient is not finite (nll {nll[0]:g}, squared "
-            f"gradient {gram[0, 0]:g}), nor is that of any other candidate of problem {problem!r}; nothing can be said "
-            "of such a student. Look at its weights, or give --dtype float32"
+            f"gradient {gram[0, 0]:g}), nor is that of any other candidate of problem {problem!r}, the first that was "
+            "tried; nothing can be said of such a student. Look at its weights, or give --dtype float32"
         )
+    named = [f"{one.record.source}:{one.record.line}" for one in candidates]
+    not_finite = [name for index, name in enumerate(named) if index not in usable]
+    if not len(usable):
+        return {"problem_id": problem, "not_finite": not_finite, "nll": []}
     kept = [candidates[index] for index in usable]
     nll, brier, own = nll[usable], brier[usable], gram[np.ix_(usable, usable)]
     foreign = stranger is not None and bool(np.isfinite(gram[-1, -1]))
@@ -169,9 +178,7 @@ def _measure_problem(
             }
             for one in kept
         ],
-        "not_finite": [
-            f"{one.record.source}:{one.record.line}" for index, one in enumerate(candidates) if index not in usable
-        ],
+        "not_finite": not_finite,
         "nll": nll.tolist(),
         "brier": brier.tolist(),
         "gram": own.tolist(),

@@ -27,7 +27,6 @@ class Sample:
     problems: dict[str, list[Candidate]]
     rejected: int
     first_reject: str  # "" where there is none
-    too_few: int  # problems of the pool that have fewer than two candidates
     content: str  # a hash of all of it
 
 
@@ -74,7 +73,6 @@ def draw_sample(pool: Sequence[str], renderer: Renderer, *, problems: int, candi
         problems=found,
         rejected=len(faults),
         first_reject=faults[0] if faults else "",
-        too_few=len(counts) - len(several),
         content=hash_fields(*tokens, size=16).hex(),
     )
 

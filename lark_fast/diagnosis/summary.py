@@ -10,7 +10,6 @@ from lark_fast.diagnosis.verdict import verdict
 from lark_fast.files import without_nan
 from lark_fast.intervals import Interval, told
 from lark_fast.progress import duration
-from lark_fast.rendering.inspection import visible
 from lark_fast.tables import escaped, table
 
 
@@ -55,7 +54,7 @@ class DiagnoseSummary:
         kappa, overlap = measured.kappa, measured.overlap
         top_k = "the exact Brier score" if facts["top_k"] is None else f"the Brier score over {facts['top_k']} logits"
         head = (
-            f"{visible(facts['student'])} on {visible(', '.join(facts['pool']))}: {measured.trajectories:,} "
+            f"{facts['student']} on {', '.join(facts['pool'])}: {measured.trajectories:,} "
             f"trajectories of {measured.problems:,} problems, {measured.tokens:,} scored tokens, {top_k}; gradients of "
             f"{facts['n_parameters']:,} parameters ({facts['parameters']}) in {facts['dtype']}. In brackets: 95 % over "
             "problems."
@@ -83,7 +82,10 @@ class DiagnoseSummary:
             for one in measured.agreements
         ]
         paces = [
-            [pace.policy, pace.beside, told(pace.exact), told(pace.descent), told(pace.adamw)]
+            [
+                *(pace.policy, pace.beside, told(pace.exact), told(pace.descent), told(pace.adamw)),
+                str(pace.problems - pace.left_out),
+            ]
             for pace in measured.paces
         ]
         steps = [
@@ -92,7 +94,7 @@ class DiagnoseSummary:
         ]
         parts = [
             "# Diagnosis\n",
-            head + "\n",
+            escaped(head) + "\n",
             *(f"- {escaped(sentence)}" for sentence in self.verdict),
             "\n## The assumptions\n",
             table(["", ""], assumptions),
@@ -102,9 +104,9 @@ class DiagnoseSummary:
                 agreements,
             ),
             "## How many times as fast a weighted loss falls\n",
-            table(["weights", "beside", "exact R(q)", "small descent step", "AdamW"], paces),
+            table(["weights", "beside", "exact R(q)", "small descent step", "AdamW", "problems"], paces),
             "## The steps\n",
-            table(["", "runs", "loss did not fall", "measured / foretold rate, median"], steps),
+            table(["", "runs", "loss rose", "did not move", "measured / foretold rate, median"], steps),
         ]
         return "\n".join(parts)
 
@@ -112,6 +114,7 @@ class DiagnoseSummary:
 def _told_steps(steps: Steps, *, with_ratio: bool) -> Iterator[str]:
     yield f"{steps.runs:,}"
     yield f"{steps.rose:,}"
+    yield f"{steps.still:,}"
     yield told(steps.ratio) if with_ratio else ""
 
 

@@ -39,7 +39,11 @@ def find(measured: Measures, estimate: str, target: str) -> Agreement:
 
 def _assumptions(measured: Measures) -> Iterator[str]:
     kappa, overlap = measured.kappa, measured.overlap
-    steady = "may pass for a constant" if kappa.spread.high <= CONSTANT else "is not constant"
+    steady = "is hardly a constant"
+    if kappa.spread.high <= CONSTANT:
+        steady = "may pass for a constant"
+    elif kappa.spread.low > CONSTANT:
+        steady = "is not constant"
     length = ""
     if kappa.slope.sign:
         length = (
@@ -52,8 +56,11 @@ def _assumptions(measured: Measures) -> Iterator[str]:
         f"the median problem the largest is {told(kappa.within, 1)} times the smallest.{length}"
     )
     share = overlap.share
-    negligible = max(abs(share.low), abs(share.high)) <= NEGLIGIBLE_SHARE
-    held = "are nearly orthogonal" if negligible else "are not orthogonal"
+    held = "may overlap or not"
+    if max(abs(share.low), abs(share.high)) <= NEGLIGIBLE_SHARE:
+        held = "are nearly orthogonal"
+    elif share.sign:
+        held = "are not orthogonal"
     yield (
         f"Gradients of a problem's candidates {held}: their cosine is {told(overlap.within_mean)} on average (across "
         f"problems {told(overlap.across_mean)}), and cross terms are {_percent(share)} of |grad L|^2."
@@ -85,6 +92,12 @@ def _steps(measured: Measures, lr: float) -> Iterator[str]:
             f"{steps.runs:,} runs, so there is no rate to speak of. Lower --lr."
         )
         return
+    if steps.too_small:
+        yield (
+            f"AdamW at lr {lr:g} is lost in the digits of {steps.still:,} of {steps.runs:,} runs, whose loss did not "
+            "move at all, so there is no rate to speak of. Raise --lr, or give --dtype float32."
+        )
+        return
     ours, short = find(measured, "rho", "AdamW's rate"), find(measured, "shortness", "AdamW's rate")
     yield (
         f"{_how('rho', 'the rate at which the loss of each falls over real steps', ours.spearman)} (AdamW, lr "
@@ -97,7 +110,8 @@ def _steps(measured: Measures, lr: float) -> Iterator[str]:
 
 
 def _pace(pace: Pace) -> str:
-    return f"{told(pace.adamw)}, by exact gradients {told(pace.exact)}"
+    left_out = f" without {pace.left_out} problems where a loss did not fall" if pace.left_out else ""
+    return f"{told(pace.adamw)}{left_out}, by exact gradients {told(pace.exact)}"
 
 
 def _answer(measured: Measures) -> str:

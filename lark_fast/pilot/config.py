@@ -23,7 +23,8 @@ class PilotConfig:
         policies: of ``select``, and "full" for every trajectory; the first of "random" and the others is what they are
             compared with.
         seeds: runs of each, with seeds 0, 1, ...: of the order of the data and of random choices.
-        buckets: parts by rank of g_hat within a problem, each trained on by itself; 0: none.
+        buckets: parts by rank of g_hat within a problem, each trained on by itself; fewer where the problems have
+            too few candidates for so many; 0: none.
         budget: candidates that a policy keeps of a problem.
         tokens: input tokens of a run, to half a step; None: 50 steps of an average batch.
         lr: peak learning rate, the same for all.
@@ -32,8 +33,8 @@ class PilotConfig:
         problems: of the pool that are scored and trained on, at most, drawn by chance.
         held_out: a file of trajectories to measure the loss on; None: problems of the pool that nobody trains on.
         held_out_problems: how many of these; never more than a fifth of the pool's.
-        where: COLUMN or COLUMN=VALUE of the pool; only such trajectories are looked at.
-        held_out_where: the same, of those whose loss is measured.
+        where: COLUMN or COLUMN=VALUE of the pool; only such trajectories of it are looked at.
+        held_out_where: the same, of held-out ones: only their loss is measured.
         top_k: as ``score --top-k``.
         lora: train adapters, or None for all weights.
         dtype: "auto", "float32" or "bfloat16", of scoring and of training.

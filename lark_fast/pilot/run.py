@@ -9,7 +9,7 @@ DIR/pilot.json, pilot.md, pilot.png              what they say together
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lark_fast.pilot.config import DEFAULT_STEPS, FULL, PilotConfig
 from lark_fast.pilot.figure import draw_pilot
 from lark_fast.pilot.measures import measure
 from lark_fast.pilot.runs import Run, carry_out, folder_of, load, remove
-from lark_fast.pilot.selections import Selections, score_split
+from lark_fast.pilot.selections import Selections, fitting_buckets, score_split
 from lark_fast.pilot.split import FILES, HELD_OUT, Split, choose_problems, write_split
 from lark_fast.pilot.summary import PilotSummary
 from lark_fast.pool.reading import Pool
@@ -76,6 +76,9 @@ def pilot(config: PilotConfig, say: Callable[[str], None] = lambda line: None) -
             **asdict(options),
         }
         with _Store(config, identity) as store, writing_to(config.out):
+            if config.overwrite:
+                for name in _FOLDERS:
+                    remove(Path(config.out, name))
             split = write_split(config, names, renderer)
             if store.runs and store.facts.get("content") != split.content:
                 raise UserError(
@@ -84,8 +87,15 @@ def pilot(config: PilotConfig, say: Callable[[str], None] = lambda line: None) -
                 )
             store.note(content=split.content)
             score_split(config)
-            tokens = _train(store, config, renderer, say)
-            return _finish(store, config, split, tokens)
+            buckets = fitting_buckets(config.out, config.buckets)
+            if buckets != config.buckets:
+                say(f"{buckets} buckets instead of {config.buckets}: the problems have too few candidates for more")
+                if not (buckets or config.policies):
+                    raise UserError("--buckets: no problem has two candidates with a g_hat; give --policies")
+                config = replace(config, buckets=buckets)
+            selections = Selections(config)
+            tokens = _train(store, config, selections, renderer, say)
+            return _finish(store, config, selections, split, tokens)
 
 
 class _Store(LineStore):
@@ -108,9 +118,11 @@ class _Store(LineStore):
         self.runs[run.contender, run.seed] = run
 
 
-def _train(store: _Store, config: PilotConfig, renderer: Renderer, say: Callable[[str], None]) -> int:
+def _train(
+    store: _Store, config: PilotConfig, selections: Selections, renderer: Renderer, say: Callable[[str], None]
+) -> int:
     """All runs that are not done yet, a seed of every contender after the other; returns the tokens of a run."""
-    selections, sets = Selections(config), dict[str, TrainingSet]()
+    sets = dict[str, TrainingSet]()
 
     def data_of(contender: str, seed: int) -> TrainingSet:
         path = str(selections.of(contender, seed).path)
@@ -118,10 +130,15 @@ def _train(store: _Store, config: PilotConfig, renderer: Renderer, say: Callable
             sets[path] = load(selections.of(contender, seed), renderer)
         return sets[path]
 
+    for contender in config.contenders:  # what cannot be selected is told before anything is trained
+        selections.of(contender, 0)
     tokens = config.tokens
     if tokens is None:
         tokens = round(DEFAULT_STEPS * config.global_batch * float(data_of(FULL, 0).lengths.mean()))
     wanted = [(contender, seed) for seed in range(config.seeds) for contender in config.contenders]
+    if not config.keep_checkpoints:  # of a pilot that was killed behind its line
+        for contender, seed in store.runs:
+            remove(folder_of(config, contender, seed))
     missing, started = [one for one in wanted if one not in store.runs], time.monotonic()
     for number, (contender, seed) in enumerate(missing, 1):
         run = carry_out(config, contender, seed, selections.of(contender, seed), data_of(contender, seed), tokens)
@@ -145,7 +162,7 @@ def _told(run: Run) -> str:
     )
 
 
-def _finish(store: _Store, config: PilotConfig, split: Split, tokens: int) -> PilotSummary:
+def _finish(store: _Store, config: PilotConfig, selections: Selections, split: Split, tokens: int) -> PilotSummary:
     """Measure, and write what is to be read."""
     out = Path(config.out)
     runs = [store.runs[contender, seed] for seed in range(config.seeds) for contender in config.contenders]
@@ -153,12 +170,18 @@ def _finish(store: _Store, config: PilotConfig, split: Split, tokens: int) -> Pi
         raise UserError(f"every run's loss explodes; the first: {runs[0].diverged}")
     held_out = [record.key for record in Pool([str(out / HELD_OUT)]).read()]
     counted = set(split.measured)
+    own_weights = {
+        (policy, seed): [selections.of(policy, seed).held_out.get(key, 0.0) for key in held_out]
+        for policy in config.policies
+        for seed in range(config.seeds)
+    }
     measured = measure(
         runs,
         contenders=config.contenders,
         baseline=config.baseline,
         problems=[problem for problem, _ in held_out],
         measured=[key in counted for key in held_out],
+        own_weights=own_weights,
     )
     facts = {
         "student": Path(config.student).name,

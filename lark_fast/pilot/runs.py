@@ -164,7 +164,7 @@ def folder_of(config: PilotConfig, contender: str, seed: int) -> Path:
 
 
 def remove(folder: Path) -> None:
-    """The checkpoint of a run whose line is written."""
+    """A directory that is no longer needed."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -176,11 +176,8 @@ def _held_out(folder: Path, selection: Selection) -> tuple[tuple[float, ...], tu
     if selection.held_out is not None:
         keys = zip(probe.column("problem_id").to_pylist(), probe.column("candidate_id").to_pylist(), strict=True)
         weights = [selection.held_out.get(key, 0.0) for key in keys]
-        if sum(weights) > 0:
-            total = sum(weights)
-            own = tuple(
-                round(sum(w * x for w, x in zip(weights, nll.tolist(), strict=True)) / total, _DIGITS)
-                for nll in (before, after)
-            )
+        losses = tuple(sum(w * x for w, x in zip(weights, nll.tolist(), strict=True)) for nll in (before, after))
+        if min(losses) > 0:
+            own = tuple(loss / sum(weights) for loss in losses)
     rounded = [tuple(round(value, _DIGITS) for value in nll.tolist()) for nll in (before, after)]
     return rounded[0], rounded[1], own

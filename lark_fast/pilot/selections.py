@@ -155,6 +155,15 @@ class Selections:
         return {key: 1 / counts[key[0]] for key in keys}
 
 
+def fitting_buckets(out: str, buckets: int) -> int:
+    """The most buckets, up to so many, that all hold a trajectory of the scored pool; 0 where two are too many."""
+    rows = ScoredRows(Path(out, SCORES), ("g_hat",))
+    for number in range(buckets, 1, -1):
+        if np.isin(np.arange(number), buckets_of(rows, number)).all():
+            return number
+    return 0
+
+
 def buckets_of(rows: ScoredRows, buckets: int) -> NDArray[np.int64]:
     """``[R]`` each trajectory's bucket, from 0 for the lowest g_hat of its problem; -1 without a g_hat.
 

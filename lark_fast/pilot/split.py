@@ -91,6 +91,7 @@ def write_split(config: PilotConfig, names: Names, renderer: Renderer) -> Split:
         for record in _once(_records(config.pool, "dividing the pool", _conditions(config), faults, renderer, drawn)):
             if record.key[0] in names.trained:
                 files.put(POOL, record)
+                files.trained_problems.add(record.key[0])
             else:
                 files.hold_out(record)
         if not files.counts[POOL]:
@@ -98,7 +99,7 @@ def write_split(config: PilotConfig, names: Names, renderer: Renderer) -> Split:
             raise UserError(f"--pool {pool}: no trajectory can be trained on{why}")
         if config.held_out:
             others = [config.held_out]
-            for record in _once(_records(others, "reading --held-out", _conditions(config), faults, renderer)):
+            for record in _once(_records(others, "reading --held-out", (), faults, renderer)):
                 if record.key[0] in names.trained:
                     raise UserError(
                         f"{record.source}:{record.line}: problem {record.key[0]!r} is in --pool too, and would be "
@@ -107,7 +108,7 @@ def write_split(config: PilotConfig, names: Names, renderer: Renderer) -> Split:
                 files.hold_out(record)
         files.refuse_nothing_to_measure()
     return Split(
-        pool_problems=len(names.trained),
+        pool_problems=len(files.trained_problems),
         pool_trajectories=files.counts[POOL],
         held_out_trajectories=files.counts[HELD_OUT],
         measured=tuple(files.measured),
@@ -124,6 +125,7 @@ class _Files:
         self._files = {name: stack.enter_context(atomic_open(Path(config.out, name))) for name in FILES}
         self._fit = [Condition(text, "--held-out-where") for text in config.held_out_where]
         self.counts, self.measured = dict.fromkeys(FILES, 0), list[tuple[str, str]]()
+        self.trained_problems = set[str]()
         self.digest = hashlib.sha256()
 
     def put(self, name: str, record: Record) -> None:

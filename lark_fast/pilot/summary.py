@@ -1,5 +1,6 @@
 """What a pilot says at its end: as JSON, as Markdown, in lines."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -78,8 +79,9 @@ class PilotSummary:
         gaps = [
             [
                 f"{gap.policy} - {gap.baseline}",
-                told(gap.loss_over_seeds, 4),
-                told(gap.loss_over_problems, 4),
+                told(gap.loss, 4),
+                _bounds(gap.loss_over_seeds),
+                _bounds(gap.loss_over_problems),
                 told(gap.area, 4),
                 _told(gap.own_fall, 3),
             ]
@@ -98,8 +100,9 @@ class PilotSummary:
         if gaps:
             parts += [
                 "## Differences (all together 95 %)\n",
-                table(["", "held-out loss, over seeds", "over problems", "along the run", "fall of own"], gaps),
-                "Fall of own: -log(after / before) of the loss of what the policy selects of held-out problems.\n",
+                table(["", "held-out loss", "over seeds", "over problems", "along the run", "fall of own"], gaps),
+                "Intervals are over seeds and problems together, of the loss along the run over seeds alone. Fall of "
+                "own: -log(after / before) of the loss of what the policy itself selects of held-out problems.\n",
             ]
         if measured.worth is not None:
             worth = measured.worth
@@ -115,6 +118,10 @@ class PilotSummary:
             ),
         ]
         return "\n".join(parts)
+
+
+def _bounds(interval: Interval) -> str:
+    return "" if math.isnan(interval.low) else f"{interval.low:.4f} to {interval.high:.4f}"
 
 
 def _told(interval: Interval | None, digits: int) -> str:

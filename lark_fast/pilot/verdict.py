@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from lark_fast.intervals import told
-from lark_fast.pilot.config import BUCKET, FEWEST_PROBLEMS
+from lark_fast.pilot.config import FEWEST_PROBLEMS
 from lark_fast.pilot.measures import Gap, Measures, Worth
 
 
@@ -42,15 +42,15 @@ def _diverged(measured: Measures) -> Iterator[str]:
 def _ends(gaps: tuple[Gap, ...]) -> str:
     """On the held-out loss at the end."""
     baseline = gaps[0].baseline
-    apart = [gap for gap in gaps if gap.sign]
-    alike = [gap.policy for gap in gaps if not gap.sign]
+    apart = [gap for gap in gaps if gap.loss.sign]
+    alike = [gap.policy for gap in gaps if not gap.loss.sign]
     if not apart:
         return (
             f"Nothing separates the policies here: the held-out loss after training on {_and(alike)} cannot be told "
             f"from {baseline}'s. A longer run (--tokens), more seeds or more held-out problems might."
         )
     said = [
-        f"{gap.policy} ends {'below' if gap.sign < 0 else 'above'} {baseline} by {abs(gap.loss_over_seeds.mean):.4f} "
+        f"{gap.policy} ends {'below' if gap.loss.sign < 0 else 'above'} {baseline} by {abs(gap.loss.mean):.4f} "
         "nats a token"
         for gap in apart
     ]
@@ -60,10 +60,12 @@ def _ends(gaps: tuple[Gap, ...]) -> str:
 
 def _speed(gaps: tuple[Gap, ...]) -> Iterator[str]:
     """Where the area tells another story than the end."""
-    apart = [gap for gap in gaps if gap.area.sign and gap.area.sign != gap.sign]
+    apart = [gap for gap in gaps if gap.area.sign and gap.area.sign != gap.loss.sign]
     if apart:
         said = [f"{gap.policy}'s {'below' if gap.area.sign < 0 else 'above'} ({told(gap.area, 4)})" for gap in apart]
-        yield f"Along the way the mean held-out loss lies beside {gaps[0].baseline}'s: {'; '.join(said)}."
+        yield (
+            f"Along the way, over seeds alone, the mean held-out loss beside {gaps[0].baseline}'s: {'; '.join(said)}."
+        )
 
 
 def _own(gaps: tuple[Gap, ...]) -> Iterator[str]:
@@ -85,17 +87,16 @@ def _own(gaps: tuple[Gap, ...]) -> Iterator[str]:
 
 
 def _worth(worth: Worth) -> str:
-    slope = told(worth.slope_over_seeds, 4)
-    if worth.sign == 0:
+    slope = f"{told(worth.slope, 4)} nats a token"
+    if worth.slope.sign == 0:
         return (
             "g_hat's rank does not tell what training on a trajectory is worth here: from the lowest to the highest "
-            f"the gain in held-out loss changes by {slope} nats a token over seeds, "
-            f"{told(worth.slope_over_problems, 4)} over problems."
+            f"the gain in held-out loss changes by {slope}, over seeds and problems."
         )
-    more = "more" if worth.sign > 0 else "less"
+    more = "more" if worth.slope.sign > 0 else "less"
     return (
         f"Trajectories that g_hat ranks higher are worth {more}: from the lowest to the highest the gain in held-out "
-        f"loss changes by {slope} nats a token (Spearman {worth.correlation:.2f} over {len(worth.ranks)} {BUCKET}s)."
+        f"loss changes by {slope} (Spearman {worth.correlation:.2f} over {len(worth.ranks)} buckets)."
     )
 
 

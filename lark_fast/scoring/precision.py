@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lark_fast.memory import available_memory
 from lark_fast.scoring.feed import Trajectory
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def rounding_cost(
     n_parameters = sum(parameter.numel() for parameter in scorer.student.model.parameters())
     sizes = np.cumsum([len(item.input_ids) for item in items[:SAMPLE]])
     sample = items[: max(1, int(np.searchsorted(sizes, SAMPLE_TOKENS, side="right")))]
-    if not sample or 4 * n_parameters > _available_memory() / 2:
+    if not sample or 4 * n_parameters > available_memory() / 2:
         return None
     try:
         loaded = load_student(
@@ -66,9 +66,3 @@ def rounding_cost(
     apart = np.abs(rows[0] - rows[1]) / np.maximum(np.abs(rows[1]), 1e-30)
     (nll, brier) = ((float(np.sqrt((column**2).mean())), float(column.max())) for column in apart.T)
     return RoundingCost(trajectories=len(sample), nll=nll, brier=brier)
-
-
-def _available_memory() -> int:
-    """Bytes that can be had without swapping: caches of files too."""
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)

@@ -1,0 +1,17 @@
+"""How much memory there is for what is not there yet."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def available_memory(device: "torch.device | None" = None) -> int:
+    """Bytes that can be had: of a GPU, or of this machine without swapping, caches of files too; 0 if nobody knows."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
