@@ -19,6 +19,7 @@ from benchmarks import baselines
 from lark_fast.files import write_json
 
 RECORD, SECONDS = "evidence.json", "seconds.json"
+SELECTION = ("counts", "mean_effective_sample_size", "mean_chi2_divergence", "selected_tokens", "teachers")
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
         started = time.monotonic()
         subprocess.run([sys.executable, "-m", "lark_fast", *words], check=True)
         # Of a command that was stopped and went on, all its parts.
-        seconds[name] = seconds.get(name, 0) + round(time.monotonic() - started, 1)
+        seconds[name] = round(seconds.get(name, 0) + time.monotonic() - started, 1)
         path.write_text(json.dumps(seconds))
     write_json(options.out / RECORD, _record(options, seconds))
 
@@ -64,7 +65,13 @@ def _commands(options: argparse.Namespace) -> dict[str, list[str]]:
 
 def _record(options: argparse.Namespace, seconds: dict[str, float]) -> dict[str, Any]:
     left = {"diagnosis": "diagnosis/summary.json", "selection": "selection/manifest.json", "pilot": "pilot/pilot.json"}
-    paths = {name: options.out / file for name, file in left.items()}
+    found = {
+        name: json.loads(path.read_text(encoding="utf-8"))
+        for name, file in left.items()
+        if (path := options.out / file).exists()
+    }
+    if "selection" in found:  # the rest says where things lie on this machine
+        found["selection"] = {name: found["selection"][name] for name in SELECTION} | {"budget": options.budget}
     return {
         "device": baselines.device_name(),
         "versions": baselines.versions(),
@@ -72,7 +79,7 @@ def _record(options: argparse.Namespace, seconds: dict[str, float]) -> dict[str,
         "commit": options.commit,
         "commands": {name: " ".join(_without_places(words)) for name, words in _commands(options).items()},
         "seconds": seconds,
-        **{name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()},
+        **found,
     }
 
 

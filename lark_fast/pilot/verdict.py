@@ -75,15 +75,17 @@ def _own(gaps: tuple[Gap, ...]) -> Iterator[str]:
         return
     faster, slower = ([gap.policy for gap in known if gap.own_fall.sign == sign] for sign in (1, -1))
     alike = [gap.policy for gap in known if gap.own_fall.sign == 0]
+    baseline = known[0].baseline
+    what = "The loss of what each policy itself selects of held-out problems"
+    if not faster and not slower:
+        yield f"{what} falls no faster and no more slowly than {baseline}'s, as far as can be told."
+        return
     parts = [
-        f"{_and(names)} {how}"
-        for names, how in ((faster, "falls faster"), (slower, "falls more slowly"), (alike, "cannot be told from it"))
+        f"{_and(names)}'s {how} {baseline}'s"
+        for names, how in ((faster, "falls faster than"), (slower, "falls more slowly than"), (alike, "as fast as"))
         if names
     ]
-    yield (
-        f"The loss of what each policy itself selects of held-out problems, beside that of {known[0].baseline}: of "
-        f"{'; of '.join(parts)}."
-    )
+    yield f"{what}: {'; '.join(parts)}{', as far as can be told' if alike else ''}."
 
 
 def _worth(worth: Worth) -> str:
