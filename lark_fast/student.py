@@ -181,6 +181,8 @@ class Student:
             own = own.to(ours)
         finally:
             self.model.train(was_training)
+        if own.isnan().any():
+            raise ValueError("its logits are not numbers (NaN); look at its weights")
         tolerance = 3e-2 if self.dtype in (torch.bfloat16, torch.float16) else 1e-3
         if not torch.allclose(ours, own, rtol=tolerance, atol=tolerance * float(own.abs().max()), equal_nan=True):
             raise ValueError(

@@ -144,21 +144,44 @@ def test_a_step_at_which_the_loss_explodes(tmp_path, student, pool, forks):
     assert "a weighted loss falls over AdamW steps" not in done.stdout
 
 
-@pytest.mark.parametrize("where", ["weights", "gradients"])
-def test_a_student_whose_gradients_are_not_finite(tmp_path, pool, where, forks):
+def test_a_student_whose_loss_is_not_finite(tmp_path, pool, forks):
     student = write_student(tmp_path / "student")
     weights = load_file(student / "model.safetensors")
-    if where == "weights":
-        weights["lm_head.weight"][7] = torch.nan
-    else:
-        # Squares of the gradients overflow, though every loss is a number.
-        weights["model.norm.weight"] *= 1e-25
-        weights["lm_head.weight"] *= 1e25
+    weights["model.embed_tokens.weight"][4:] = torch.nan  # but for the words that a student is tried with
     save_file(weights, student / "model.safetensors", metadata={"format": "pt"})
     done = forks.run("diagnose", "--pool", pool, "--student", student, "--out", tmp_path / "out", *OPTIONS, code=2)
     assert "the student's loss or its gradient is not finite" in done.stderr
     assert "pool.jsonl:" in done.stderr
     assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_a_student_whose_gradients_are_not_finite(tmp_path, pool, forks):
+    # Where the head sends errors back float32 overflows for some trajectories, though every loss is a number.
+    student = write_student(tmp_path / "student")
+    weights = load_file(student / "model.safetensors")
+    weights["model.norm.weight"][:] = 1 / 3e38
+    weights["lm_head.weight"][:] = 3e38
+    for column in range(weights["lm_head.weight"].shape[1]):
+        weights["lm_head.weight"][column % 4 :: 4, column] = -3e38
+    save_file(weights, student / "model.safetensors", metadata={"format": "pt"})
+    done = forks.run("diagnose", "--pool", pool, "--student", student, "--out", tmp_path / "out", *OPTIONS)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    left_out = len(summary["not_finite"])
+    assert 0 < left_out < 36
+    assert summary["trajectories"] == 36 - left_out
+    assert f"The loss or gradient of {left_out} trajectories is not finite" in done.stdout
+    assert summary["not_finite"][0] in done.stdout
+    # Nor can such a student take a step.
+    assert "times as much off a loss as its gradient foretells" in done.stdout
+
+
+def test_a_student_that_gives_no_numbers_at_all(tmp_path, pool, forks):
+    student = write_student(tmp_path / "student")
+    weights = load_file(student / "model.safetensors")
+    weights["lm_head.weight"][7] = torch.nan
+    save_file(weights, student / "model.safetensors", metadata={"format": "pt"})
+    done = forks.run("diagnose", "--pool", pool, "--student", student, "--out", tmp_path / "out", *OPTIONS, code=2)
+    assert "its logits are not numbers (NaN); look at its weights" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """``lark-fast pilot`` as people use it, on a tiny student: runs, files, faults, and going on after a stop."""
 
+import gc
 import json
 import signal
 import time
@@ -168,6 +169,16 @@ def test_a_rate_at_which_the_loss_explodes(tmp_path, pool, student, forks):
     assert [run["diverged"] is None for run in jsonl(tmp_path / "out" / "runs.jsonl")] == [False, False]
 
 
+def test_policies_that_take_everything_are_one(tmp_path, student, forks):
+    pool = write_jsonl(tmp_path / "pool.jsonl", records(45))
+    done = forks.run(
+        *("pilot", "--pool", pool, "--student", student, "--out", tmp_path / "out", *OPTIONS),
+        *("--budget", 3, "--policies", "chi2,random,full", "--buckets", 0),
+    )
+    assert "chi2, random and full are one selection: no problem has more candidates than the budget of 3" in done.stdout
+    assert "cannot be told" not in done.stdout
+
+
 def test_fewer_buckets_where_candidates_are_few(tmp_path, student, forks):
     pairs = write_jsonl(tmp_path / "pool.jsonl", make_records(12, candidates=2))
     arguments = ("pilot", "--pool", pairs, "--student", student, "--out", tmp_path / "out", *OPTIONS, "--seeds", 1)
@@ -258,6 +269,7 @@ def test_a_run_leaves_no_student_behind(tmp_path, pool, student, monkeypatch):
         students.append(weakref.ref(loaded.model))
         return loaded
 
+    gc.disable()  # its time is not ours to choose
     monkeypatch.setattr("lark_fast.training.run.load_student", load)
     monkeypatch.setattr("lark_fast.training.run.matmul_ceiling", lambda *_: 1e12)
     pilot(
@@ -274,4 +286,5 @@ def test_a_run_leaves_no_student_behind(tmp_path, pool, student, monkeypatch):
         ),
         say=lambda line: students.append(students[-1]() is None),
     )
+    gc.enable()
     assert students[1::2] == [True, True]

@@ -11,6 +11,7 @@ from lark_fast.selection.policies import RANDOM
 CONSTANT = 2.0  # a spread up to which something may pass for a constant
 NEGLIGIBLE_SHARE = 0.1  # of |grad L_q|^2, for cross terms that may be left out
 FAIR, PARTLY = 0.7, 0.3  # rank correlations
+AS_FORETOLD = (0.8, 1.25)  # measured over foretold rates
 
 
 def verdict(measured: Measures, *, lr: float) -> list[str]:
@@ -85,7 +86,12 @@ def _agreement(measured: Measures) -> Iterator[str]:
 
 
 def _steps(measured: Measures, lr: float) -> Iterator[str]:
-    steps = measured.adamw
+    steps, ratio = measured.adamw, measured.descent.ratio
+    if not AS_FORETOLD[0] <= ratio.mean <= AS_FORETOLD[1]:
+        yield (
+            f"A small step of plain descent takes {told(ratio)} times as much off a loss as its gradient foretells: "
+            "steps overshoot, or are lost in the digits of the parameters (--dtype float32)."
+        )
     if steps.too_large:
         yield (
             f"AdamW at lr {lr:g} is too large for this student: the loss rose, or was not finite, on {steps.rose:,} of "

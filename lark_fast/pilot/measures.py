@@ -106,6 +106,7 @@ def measure(
     problems: Sequence[str],
     measured: Sequence[bool],
     own_weights: Mapping[tuple[str, int], Sequence[float]],
+    take_all: Sequence[str] = (),
 ) -> Measures:
     """Measure.
 
@@ -116,15 +117,17 @@ def measure(
         problems: of each of R held-out trajectories.
         measured: ``[R]`` whether its loss counts.
         own_weights: by policy and seed, ``[R]`` what the policy gives to each.
+        take_all: policies that keep every candidate; where the baseline is one, they are not compared with it.
     """
     by_name = {name: [run for run in runs if run.contender == name] for name in contenders}
     whole = {name: own for name, own in by_name.items() if all(run.diverged is None for run in own)}
     held_out = _HeldOut(np.array(problems), np.array(measured, dtype=bool), own_weights)
+    same = set(take_all) - {baseline} if baseline in take_all else set()
     starts = [run.held_out[0][1] for run in runs if run.held_out]
     return Measures(
         start=starts[0] if starts else math.nan,
         outcomes=tuple(_outcome(name, own) for name, own in by_name.items()),
-        gaps=tuple(_gaps(whole, baseline, held_out)),
+        gaps=tuple(_gaps({name: own for name, own in whole.items() if name not in same}, baseline, held_out)),
         worth=_worth(whole, contenders, held_out),
     )
 

@@ -175,6 +175,7 @@ def _finish(store: _Store, config: PilotConfig, selections: Selections, split: S
         for policy in config.policies
         for seed in range(config.seeds)
     }
+    take_all = tuple(policy for policy in config.policies if selections.of(policy, 0).takes_all)
     measured = measure(
         runs,
         contenders=config.contenders,
@@ -182,6 +183,7 @@ def _finish(store: _Store, config: PilotConfig, selections: Selections, split: S
         problems=[problem for problem, _ in held_out],
         measured=[key in counted for key in held_out],
         own_weights=own_weights,
+        take_all=take_all,
     )
     facts = {
         "student": Path(config.student).name,
@@ -196,6 +198,7 @@ def _finish(store: _Store, config: PilotConfig, selections: Selections, split: S
         "rejected": split.rejected,
         "first_reject": split.first_reject,
         "budget": config.budget,
+        "take_all": take_all,
         "seeds": config.seeds,
         "tokens": tokens,
         "lr": config.lr,

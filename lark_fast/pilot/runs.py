@@ -1,5 +1,6 @@
 """One run of a pilot: a short training run of so many tokens, and what it did to the held-out loss."""
 
+import gc
 import json
 import shutil
 from collections.abc import Mapping
@@ -102,6 +103,7 @@ def carry_out(
         speed = train(_training(config, seed, selection, folder, steps, len(data))).tokens_per_second
     except DivergedError as error:
         diverged = str(error)
+    gc.collect()  # a trainer is in a circle of references, and must not wait there with its student for the next one
     training, held_out, tokens_done = [], [], 0
     for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         logged = json.loads(line)

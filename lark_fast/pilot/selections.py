@@ -37,11 +37,13 @@ class Selection:
         path: weighted rows.
         teachers: each one's share of the weight.
         held_out: weight by trajectory that the policy gives to the held-out problems' candidates; None for a bucket.
+        takes_all: every candidate of every problem is trained on, alike.
     """
 
     path: Path
     teachers: Mapping[str, float]
     held_out: Mapping[Key, float] | None
+    takes_all: bool
 
 
 def score_split(config: PilotConfig) -> None:
@@ -112,6 +114,7 @@ class Selections:
             path=folder / POOL.removesuffix(".jsonl") / TRAIN,
             teachers={name: shares["weight"] for name, shares in found[POOL].teachers.items()},
             held_out={(problem, candidate): weight for problem, candidate, weight in zip(*columns, strict=True)},
+            takes_all=found[POOL].problems_kept_whole == found[POOL].problems,
         )
 
     def _write(self, folder: Path, bucket: int | None) -> Selection:
@@ -133,6 +136,7 @@ class Selections:
             path=folder / TRAIN,
             teachers={name: count / total for name, count in sorted(teachers.items())},
             held_out=self._all_alike() if bucket is None else None,
+            takes_all=bucket is None,
         )
 
     @property

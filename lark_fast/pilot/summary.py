@@ -34,8 +34,8 @@ class PilotSummary:
     @property
     def verdict(self) -> list[str]:
         """Sentences."""
-        sizes = {name: self.facts[name] for name in ("trained_problems", "held_out_problems", "seeds")}
-        return verdict(self.measured, **sizes)
+        names = ("trained_problems", "held_out_problems", "seeds", "budget", "take_all")
+        return verdict(self.measured, **{name: self.facts[name] for name in names})
 
     def as_json(self) -> dict[str, Any]:
         """For programs; null stands for what nobody can say."""

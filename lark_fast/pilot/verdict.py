@@ -1,14 +1,29 @@
 """What a pilot's figures mean, in sentences made of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from lark_fast.intervals import told
 from lark_fast.pilot.config import FEWEST_PROBLEMS
 from lark_fast.pilot.measures import Gap, Measures, Worth
 
 
-def verdict(measured: Measures, *, trained_problems: int, held_out_problems: int, seeds: int) -> list[str]:
-    """Sentences; where nothing separates the policies, one says so."""
+def verdict(
+    measured: Measures,
+    *,
+    trained_problems: int,
+    held_out_problems: int,
+    seeds: int,
+    budget: int,
+    take_all: Sequence[str],
+) -> list[str]:
+    """Sentences; where nothing separates the policies, one says so.
+
+    Args:
+        measured: the figures.
+        trained_problems, held_out_problems, seeds: what they are of.
+        budget: candidates that a policy keeps of a problem.
+        take_all: policies that keep every candidate of every problem, alike.
+    """
     said = list(_diverged(measured))
     few = [
         f"{count:,} problem(s) {what}"
@@ -23,9 +38,14 @@ def verdict(measured: Measures, *, trained_problems: int, held_out_problems: int
         ]
     if seeds < 2:
         return [*said, "One seed tells nothing of chance: run more (--seeds 3) before believing an order."]
+    if len(take_all) > 1:
+        said.append(
+            f"{_and(list(take_all))} are one selection: no problem has more candidates than the budget of {budget}, "
+            "so all are kept. Lower --budget, or compare on a pool with more."
+        )
     if measured.gaps:
-        said += [_ends(measured.gaps), *_speed(measured.gaps), *_own(measured.gaps)]
-    elif not any(one.diverged for one in measured.outcomes):
+        said += [_ends(measured.gaps), *_own(measured.gaps)]
+    elif not take_all and not any(one.diverged for one in measured.outcomes):
         said.append("Nothing was compared: give --policies two or more.")
     if measured.worth is not None:
         said.append(_worth(measured.worth))
@@ -56,16 +76,6 @@ def _ends(gaps: tuple[Gap, ...]) -> str:
     ]
     rest = f"; {_and(alike)} cannot be told from it" if alike else ""
     return f"On problems that nobody trained on, {'; '.join(said)}{rest}."
-
-
-def _speed(gaps: tuple[Gap, ...]) -> Iterator[str]:
-    """Where the area tells another story than the end."""
-    apart = [gap for gap in gaps if gap.area.sign and gap.area.sign != gap.loss.sign]
-    if apart:
-        said = [f"{gap.policy}'s {'below' if gap.area.sign < 0 else 'above'} ({told(gap.area, 4)})" for gap in apart]
-        yield (
-            f"Along the way, over seeds alone, the mean held-out loss beside {gaps[0].baseline}'s: {'; '.join(said)}."
-        )
 
 
 def _own(gaps: tuple[Gap, ...]) -> Iterator[str]:
