@@ -6,7 +6,15 @@ class UserError(Exception):
 
 
 class DivergedError(UserError):
-    """Training blows up: a loss or a gradient is not finite, or jumps. What was finished is kept."""
+    """Training blows up: a loss or a gradient is not finite, or jumps. What was finished is kept.
+
+    Attributes:
+        what: what is wrong, without the remedy, which is the caller's to say.
+    """
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(f"{what}. {remedy}")
+        self.what = what
 
 
 class RejectError(ValueError):

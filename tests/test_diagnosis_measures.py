@@ -138,7 +138,7 @@ def test_steps_that_are_lost_in_rounding():
     assert measured.adamw.too_small
     assert not measured.adamw.too_large
     said = " ".join(verdict(measured, lr=1e-9))
-    assert "AdamW at lr 1e-09 is lost in the digits" in said
+    assert "Steps of AdamW at lr 1e-09 are lost in rounding in" in said
     assert "Raise --lr" in said
 
 

@@ -164,7 +164,7 @@ def test_a_rate_at_which_the_loss_explodes(tmp_path, pool, student, forks):
         *("--tokens", 4000, "--buckets", 0, "--seeds", 1, "--policies", "random,full"),
         code=2,
     )
-    assert "every run's loss explodes; the first: step" in done.stderr
+    assert "every run blows up; the first, at step" in done.stderr
     assert "Lower --lr" in done.stderr
     assert [run["diverged"] is None for run in jsonl(tmp_path / "out" / "runs.jsonl")] == [False, False]
 
@@ -191,6 +191,24 @@ def test_fewer_buckets_where_candidates_are_few(tmp_path, student, forks):
     arguments = ("--student", student, "--out", tmp_path / "single", *OPTIONS, "--seeds", 1, "--policies", "")
     done = forks.run("pilot", "--pool", single, *arguments, code=2)
     assert "no problem has two candidates" in done.stderr
+
+
+def test_a_bucket_holds_a_candidate_of_every_problem_it_is_made_of(tmp_path, student, forks):
+    # One problem has five candidates, the others three: five buckets would be that problem alone.
+    rows = [row for row in make_records(13, candidates=5) if row["problem_id"] == 3 or row["candidate_id"] < 3]
+    rows = [row for row in rows if row["problem_id"] != 4 or row["candidate_id"] < 2]
+    pool = write_jsonl(tmp_path / "pool.jsonl", rows)
+    arguments = ("pilot", "--pool", pool, "--student", student, "--out", tmp_path / "out", *OPTIONS, "--seeds", 1)
+    done = forks.run(*arguments, "--problems", 20, "--buckets", 5, "--policies", "")
+    assert "3 buckets instead of 5" in done.stdout
+    assert "Nothing was compared" not in done.stdout
+    problems = [
+        {row["problem_id"] for row in jsonl(tmp_path / "out" / "selections" / f"bucket-{n}-of-3" / "train.jsonl")}
+        for n in (1, 2, 3)
+    ]
+    assert problems[0] == problems[1] == problems[2]
+    assert len(problems[0]) > 8
+    assert 4 not in problems[0]
 
 
 def test_what_cannot_be_selected_is_told_before_anything_is_trained(tmp_path, pool, student, forks):
@@ -230,7 +248,8 @@ def test_what_cannot_be_read_is_counted_and_left_out(tmp_path, pool, student, fo
     broken = tmp_path / "pool.jsonl"
     broken.write_text("\n".join(["{", *lines]) + "\n")
     arguments = ("pilot", "--pool", broken, "--student", student, "--out", tmp_path / "out", *OPTIONS, "--buckets", 0)
-    forks.run(*arguments, "--seeds", 1, "--policies", "random")
+    done = forks.run(*arguments, "--seeds", 1, "--policies", "random")
+    assert f"1 record(s) cannot be used; the first: {broken}:1:" in done.stdout
     result = json.loads((tmp_path / "out" / "pilot.json").read_text())
     assert result["rejected"] == 1
     assert f"{broken}:1:" in result["first_reject"]
@@ -244,7 +263,9 @@ def test_what_cannot_be_read_is_counted_and_left_out(tmp_path, pool, student, fo
     ("options", "said"),
     [
         (("--policies", "chi3"), "--policy chi3: unknown"),
-        (("--policies", "chi2,chi2"), "policies name one twice"),
+        (("--policies", "chi2, chi2"), "policies name one twice"),
+        (("--dtype", "float16"), "dtype is one of auto, float32, bfloat16"),
+        (("--held-out", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--policies", "", "--buckets", 0), "neither a policy nor a bucket"),
         (("--buckets", 1), "buckets is 0 for none or 2 to 20"),
         (("--seeds", 0), "seeds is at least 1"),
@@ -258,6 +279,8 @@ def test_bad_usage(tmp_path, pool, student, options, said, forks):
         "pilot", "--pool", pool, "--student", student, "--out", tmp_path / "out", *OPTIONS, *options, code=2
     )
     assert said in done.stderr
+    if said == "nowhere.jsonl":
+        assert not (tmp_path / "out").exists()  # or the right command would be refused
 
 
 def test_a_run_leaves_no_student_behind(tmp_path, pool, student, monkeypatch):

@@ -148,7 +148,7 @@ def pilot(
         pool=tuple(pool),
         student=student,
         out=str(out),
-        policies=tuple(filter(None, policies.split(","))),
+        policies=tuple(filter(None, map(str.strip, policies.split(",")))),
         seeds=seeds,
         buckets=buckets,
         budget=budget,

@@ -21,6 +21,7 @@ from lark_fast.training.objective import token_weights
 from lark_fast.training.optimizers import make_optimizer
 
 _MEMORY_SHARE = 0.5  # of what is free, for gradients that are held
+_STEP = 5  # gradient, two moments, the parameters before it, and what is left for activations
 _COLUMNS = 1 << 20  # of gradients that are multiplied in float64 at a time
 
 
@@ -173,13 +174,13 @@ class Gradients:
     def _how_many_fit(self) -> int:
         """How many gradients can be held; a backward pass needs one more beside them."""
         one = self.size * self._dtype.itemsize
-        fitting = int(_MEMORY_SHARE * available_memory(self.student.device) / one) - 1
-        if fitting < 2:
+        fitting = available_memory(self.student.device) / one
+        if fitting < _STEP:
             raise UserError(
-                f"a gradient of {self.size:,} parameters takes {one / 2**30:.1f} GiB, and three do not fit: take "
-                "--parameters lora or last-layer"
+                f"a gradient of {self.size:,} parameters takes {one / 2**30:.1f} GiB, and {_STEP} of that size do not "
+                "fit, which a step needs: take --parameters lora or last-layer"
             )
-        return fitting
+        return max(2, int(_MEMORY_SHARE * fitting) - 1)
 
 
 def _products(left: Tensor, right: Tensor) -> NDArray[np.float64]:

@@ -20,6 +20,8 @@ Line = Mapping[str, Any]
 FULL, BY_LOT = "full", "chi2 by lot"
 PACES = (("chi2", FULL), ("random", FULL), ("topb", "random"), ("chi2", BY_LOT))  # what is compared with what
 WIDE = (0.1, 0.9)  # quantiles that tell how far something spreads
+# Of a loss: what rounding may move it by, relative.
+NOISE = {"float64": 1e-12, "float32": 1e-6, "float16": 1e-4, "bfloat16": 1e-3}
 _FEW = 0.1  # of the runs, that may go wrong
 _NOTHING = Interval(mean=math.nan, low=math.nan, high=math.nan)
 
@@ -110,7 +112,7 @@ class Steps:
     Attributes:
         runs: trajectories and weightings that were trained on.
         rose: of these, those whose loss was higher afterwards, or not finite.
-        still: those whose loss did not move: steps below what the parameters' digits can hold.
+        still: those whose loss moved by no more than rounding moves it.
         ratio: measured rate over the one that gradient flow foretells, of trajectories alone: median over problems.
     """
 
@@ -146,12 +148,13 @@ class Measures:
     paces: tuple[Pace, ...]
 
 
-def measure(lines: Sequence[Line], *, budget: int) -> Measures:
+def measure(lines: Sequence[Line], *, budget: int, dtype: str = "float32") -> Measures:
     """Measure.
 
     Args:
-        lines: of problems.jsonl, one or more, one or more candidates each.
+        lines: of problems.jsonl, one or more with one or more candidates.
         budget: B of the agreement of the best.
+        dtype: of the student, which decides how small a change of a loss means nothing.
     """
     not_finite = tuple(name for line in lines for name in line["not_finite"])
     lines = [line for line in lines if line["nll"]]
@@ -165,8 +168,8 @@ def measure(lines: Sequence[Line], *, budget: int) -> Measures:
         kappa=kappa,
         overlap=_overlap(lines),
         agreements=tuple(_agreements(several, kappa.slope.mean, budget)),
-        descent=_steps(lines, "sgd"),
-        adamw=_steps(lines, "adamw"),
+        descent=_steps(lines, "sgd", NOISE[dtype]),
+        adamw=_steps(lines, "adamw", NOISE[dtype]),
         paces=tuple(_paces(several)),
     )
 
@@ -321,15 +324,17 @@ def _agreement(
     )
 
 
-def _steps(lines: Sequence[Line], optimizer: str) -> Steps:
+def _steps(lines: Sequence[Line], optimizer: str, noise: float) -> Steps:
     runs = rose = still = 0
     ratios, groups = [], []
     for number, line in enumerate(lines):
         taken = line["steps"][optimizer]
         every = [*taken["alone"], *(run for name, run in taken.items() if name != "alone")]
         runs += len(every)
-        rose += sum(run["after"] is None or run["before"] is None or run["after"] > run["before"] for run in every)
-        still += sum(run["after"] is not None and run["after"] == run["before"] for run in every)
+        finite = [run for run in every if run["after"] is not None and run["before"] is not None]
+        moved = np.array([run["after"] / run["before"] - 1 for run in finite])
+        rose += len(every) - len(finite) + int((moved > noise).sum())
+        still += int((np.abs(moved) <= noise).sum())
         foretold = np.diag(np.array(line["gram"])) / np.array(line["nll"])
         with np.errstate(divide="ignore", invalid="ignore"):
             own = np.array([_rate(run) / run["lr"] if run["lr"] else math.nan for run in taken["alone"]]) / foretold

@@ -19,7 +19,6 @@ from lark_fast.diagnosis.sample import Candidate, Sample, draw_sample
 from lark_fast.diagnosis.summary import DiagnoseSummary
 from lark_fast.errors import UserError
 from lark_fast.files import atomic_open, refuse_overlap, write_json, writing_to
-from lark_fast.hashing import draw
 from lark_fast.interrupts import Interrupts
 from lark_fast.intervals import refuse_without_scipy
 from lark_fast.line_store import LineStore
@@ -29,7 +28,8 @@ from lark_fast.progress import track
 from lark_fast.rendering.renderer import Rendered, Renderer
 from lark_fast.scoring.learnability import g_hat
 from lark_fast.scoring.scorer import Scorer
-from lark_fast.selection.policies import POLICIES, RANDOM, PolicyOptions
+from lark_fast.selection.policies import POLICIES, RANDOM, PolicyOptions, random_draws
+from lark_fast.selection.scored_rows import key_hash
 from lark_fast.student import fingerprint, load_student, student_files
 from lark_fast.versions import versions
 
@@ -77,14 +77,13 @@ def diagnose(config: DiagnoseConfig) -> DiagnoseSummary:
         Interrupts(),
         writing_to(config.out),
     ):
-        started = time.monotonic()
         try:
             size = _measure_problems(store, student, sample, config)
         except torch.OutOfMemoryError as error:
             raise UserError("no memory for a backward pass: lower --max-length, or take --parameters lora") from error
         lines = [store.lines[problem] for problem in sample.problems if problem in store.lines]
-        measured = measure(lines, budget=config.budget)
-        facts = _facts(config, student, sample, size, time.monotonic() - started)
+        measured = measure(lines, budget=config.budget, dtype=identity["dtype"])
+        facts = _facts(config, student, sample, size, sum(line.get("seconds", 0.0) for line in lines))
         summary = DiagnoseSummary(out=config.out, measured=measured, facts=facts)
         write_json(Path(config.out) / SUMMARY, summary.as_json())
         with atomic_open(Path(config.out) / TABLES) as file:
@@ -103,6 +102,9 @@ class _Store(LineStore):
 
     def take(self, entry: dict[str, Any]) -> None:
         """See ``LineStore``."""
+        parts = () if not entry["nll"] else ("candidates", "brier", "gram", "stranger", "weights", "steps")
+        if missing := [name for name in ("not_finite", *parts) if name not in entry]:
+            raise KeyError(missing[0])
         self.lines[entry["problem_id"]] = entry
 
 
@@ -122,9 +124,11 @@ def _measure_problems(store: _Store, student: "Student", sample: Sample, config:
                 stranger = names[(number + 1) % len(names)]
                 other = sample.problems[stranger][0] if stranger != name else None
                 untried = not any(line["nll"] for line in store.lines.values())
+                started = time.monotonic()
                 line = _measure_problem(
                     name, sample.problems[name], other, scorer, gradients, config, first_of_all=untried
                 )
+                line["seconds"] = round(time.monotonic() - started, 2)
                 store.keep(line)
                 store.take(line)
             done += tokens[name]
@@ -165,7 +169,7 @@ def _measure_problem(
     kept = [candidates[index] for index in usable]
     nll, brier, own = nll[usable], brier[usable], gram[np.ix_(usable, usable)]
     foreign = stranger is not None and bool(np.isfinite(gram[-1, -1]))
-    weights = _weights(problem, kept, g_hat(nll, brier, np.zeros(len(usable))), config)
+    weights = _weights(kept, g_hat(nll, brier, np.zeros(len(usable))), config)
     return {
         "problem_id": problem,
         "candidates": [
@@ -193,14 +197,14 @@ def _measure_problem(
 
 
 def _weights(
-    problem: str, candidates: Sequence[Candidate], g: NDArray[np.float64], config: DiagnoseConfig
+    candidates: Sequence[Candidate], g: NDArray[np.float64], config: DiagnoseConfig
 ) -> dict[str, NDArray[np.float64]]:
     """``[K]`` each: all alike, and where there are more than the budget, what policies would choose, and by lot."""
     found = {FULL: np.full(len(candidates), 1 / len(candidates))}
     if len(candidates) <= config.budget:
         return found
-    by_chance = [int.from_bytes(draw(config.seed, RANDOM, problem, one.record.key[1])) for one in candidates]
-    columns = {"g_hat": g[None], RANDOM: np.array([by_chance], dtype=np.float64)}
+    by_chance = random_draws(np.array([key_hash(one.record.key) for one in candidates], dtype=np.uint64), config.seed)
+    columns = {"g_hat": g[None], RANDOM: by_chance[None]}
     for name in POLICY_NAMES:
         found[name] = POLICIES[name].weigh(columns, PolicyOptions(budget=config.budget))[0][0]
     # The same weights, the largest to whom chance puts first: what is left of chi2's effect without its choice.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lark_fast.errors import RejectError, UserError
 from lark_fast.hashing import draw, hash_fields
+from lark_fast.pool.faults import Faults
 from lark_fast.pool.reading import Pool, Rejected
 from lark_fast.pool.records import Record
 from lark_fast.progress import track
@@ -43,10 +44,10 @@ def draw_sample(pool: Sequence[str], renderer: Renderer, *, problems: int, candi
     several = [problem for problem, count in counts.items() if count > 1]
     drawn = sorted(several, key=lambda problem: draw(seed, problem))[:problems]
     records: dict[str, dict[str, Record]] = {problem: {} for problem in drawn}
-    faults: list[str] = []
+    faults = Faults()
     for item in _read(pool, "reading problems"):
         if isinstance(item, Rejected):
-            faults.append(f"{item.source}:{item.line}: {item.reason}")
+            faults.add(item.source, item.line, item.reason)
         elif item.key[0] in records:
             records[item.key[0]].setdefault(item.key[1], item)
     found: dict[str, list[Candidate]] = {}
@@ -58,12 +59,11 @@ def draw_sample(pool: Sequence[str], renderer: Renderer, *, problems: int, candi
             try:
                 usable.append(Candidate(record=own[name], rendered=renderer(own[name])))
             except RejectError as error:
-                faults.append(f"{own[name].source}:{own[name].line}: {error}")
+                faults.add(own[name].source, own[name].line, str(error))
         if len(usable) > 1:
             found[problem] = sorted(usable, key=lambda candidate: candidate.record.ordinal)
     if not found:
-        why = f"; the first of {len(faults):,} that cannot be used: {faults[0]}" if faults else ""
-        raise UserError(f"--pool {' '.join(pool)}: no problem has two candidates to compare{why}")
+        raise UserError(f"--pool {' '.join(pool)}: no problem has two candidates to compare{faults.told()}")
     tokens = (
         str((problem, one.record.key[1], one.rendered.input_ids, one.rendered.labels)).encode("utf-8", "surrogatepass")
         for problem, own in found.items()
@@ -71,8 +71,8 @@ def draw_sample(pool: Sequence[str], renderer: Renderer, *, problems: int, candi
     )
     return Sample(
         problems=found,
-        rejected=len(faults),
-        first_reject=faults[0] if faults else "",
+        rejected=faults.count,
+        first_reject=faults.first,
         content=hash_fields(*tokens, size=16).hex(),
     )
 

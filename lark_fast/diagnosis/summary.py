@@ -9,6 +9,7 @@ from lark_fast.diagnosis.measures import Measures, Steps
 from lark_fast.diagnosis.verdict import verdict
 from lark_fast.files import without_nan
 from lark_fast.intervals import Interval, told
+from lark_fast.pool.faults import rejected_line
 from lark_fast.progress import duration
 from lark_fast.tables import escaped, table
 
@@ -45,7 +46,7 @@ class DiagnoseSummary:
             f"{duration(facts['seconds'])}"
         ]
         if facts["rejected"]:
-            said.append(f"{facts['rejected']:,} record(s) cannot be used; the first: {facts['first_reject']}")
+            said.append(rejected_line(facts["rejected"], facts["first_reject"]))
         return [*said, *self.verdict, f"{self.out}: summary.json, diagnosis.md, diagnosis.png, problems.jsonl"]
 
     def as_markdown(self) -> str:

@@ -87,21 +87,21 @@ def _agreement(measured: Measures) -> Iterator[str]:
 
 def _steps(measured: Measures, lr: float) -> Iterator[str]:
     steps, ratio = measured.adamw, measured.descent.ratio
-    if not AS_FORETOLD[0] <= ratio.mean <= AS_FORETOLD[1]:
+    if math.isfinite(ratio.mean) and not AS_FORETOLD[0] <= ratio.mean <= AS_FORETOLD[1]:
         yield (
             f"A small step of plain descent takes {told(ratio)} times as much off a loss as its gradient foretells: "
             "steps overshoot, or are lost in the digits of the parameters (--dtype float32)."
         )
+    if steps.too_small:
+        yield (
+            f"Steps of AdamW at lr {lr:g} are lost in rounding in {steps.still:,} of {steps.runs:,} runs, whose loss "
+            "hardly moved, so there is no rate to speak of. Raise --lr, or give --dtype float32."
+        )
+        return
     if steps.too_large:
         yield (
             f"AdamW at lr {lr:g} is too large for this student: the loss rose, or was not finite, on {steps.rose:,} of "
             f"{steps.runs:,} runs, so there is no rate to speak of. Lower --lr."
-        )
-        return
-    if steps.too_small:
-        yield (
-            f"AdamW at lr {lr:g} is lost in the digits of {steps.still:,} of {steps.runs:,} runs, whose loss did not "
-            "move at all, so there is no rate to speak of. Raise --lr, or give --dtype float32."
         )
         return
     ours, short = find(measured, "rho", "AdamW's rate"), find(measured, "shortness", "AdamW's rate")
@@ -127,7 +127,8 @@ def _answer(measured: Measures) -> str:
     if ours.sign == 0:
         return (
             "In all: this sample does not show that g_hat says anything about what this student learns fastest. A "
-            "larger --problems would tell more; `lark-fast pilot` tells what training makes of it."
+            "larger --problems, in a directory of its own, would tell more; `lark-fast pilot` tells whether learning it "
+            "helps."
         )
     if ours.sign < 0:
         return "In all: g_hat orders these candidates the wrong way round. Do not select by it for this student."

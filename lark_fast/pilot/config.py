@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from lark_fast.kernels.chi2 import DEFAULT_BUDGET
 from lark_fast.rendering.renderer import RenderOptions
-from lark_fast.training.config import LoraOptions
+from lark_fast.training.config import PRECISIONS, LoraOptions
 
 FULL, BUCKET = "full", "bucket"  # of every trajectory alike; of those that g_hat ranks alike
 FEWEST_PROBLEMS = 8  # held out, or trained on: below, intervals say nothing
@@ -89,6 +89,8 @@ class PilotConfig:
             raise ValueError(f"buckets is 0 for none or 2 to {_MOST_BUCKETS}, not {self.buckets}")
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"lr is a positive number, not {self.lr}")
+        if self.dtype not in PRECISIONS:
+            raise ValueError(f"dtype is one of {', '.join(PRECISIONS)}, not {self.dtype!r}")
         if len(set(self.policies)) < len(self.policies):
             raise ValueError(f"policies name one twice: {','.join(self.policies)}")
         if not self.policies and not self.buckets:

@@ -13,6 +13,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lark_fast.errors import UserError
 from lark_fast.files import atomic_open, refuse_overlap, write_json, writing_to
 from lark_fast.interrupts import Interrupts
@@ -24,7 +27,7 @@ from lark_fast.pilot import selections as making
 from lark_fast.pilot.config import DEFAULT_STEPS, FULL, PilotConfig
 from lark_fast.pilot.figure import draw_pilot
 from lark_fast.pilot.measures import measure
-from lark_fast.pilot.runs import Run, carry_out, folder_of, load, remove
+from lark_fast.pilot.runs import Run, carry_out, folder_of, lengths_in, remove
 from lark_fast.pilot.selections import Selections, fitting_buckets, score_split
 from lark_fast.pilot.split import FILES, HELD_OUT, Split, choose_problems, write_split
 from lark_fast.pilot.summary import PilotSummary
@@ -32,15 +35,14 @@ from lark_fast.pool.reading import Pool
 from lark_fast.progress import duration
 from lark_fast.rendering.renderer import Renderer
 from lark_fast.selection.policies import find_policy
-from lark_fast.student import fingerprint, load_config, load_tokenizer, student_files
-from lark_fast.training.data import TrainingSet
+from lark_fast.student import choose_device, dtype_on, fingerprint, load_config, load_tokenizer, student_files
 from lark_fast.versions import versions
 
 LINES, RESULT, TABLES, FIGURE = "runs.jsonl", "pilot.json", "pilot.md", "pilot.png"
 _FOLDERS = (making.SCORES, making.SCORES_HELD_OUT, making.FOLDER, training_runs.FOLDER)
 # What decides a run; policies, seeds and buckets only decide which runs there are.
 _IDENTITY = (
-    "budget", "tokens", "lr", "global_batch", "evaluations", "where", "held_out_where", "top_k", "dtype",
+    "budget", "tokens", "lr", "global_batch", "evaluations", "where", "held_out_where", "top_k",
 )  # fmt: skip
 
 
@@ -60,7 +62,9 @@ def pilot(config: PilotConfig, say: Callable[[str], None] = lambda line: None) -
         if policy != FULL:
             find_policy(policy)
     inputs = {"--pool": Pool(config.pool).inputs, "--student": [student_files(config.student)]}
-    refuse_overlap(config.out, inputs | ({"--held-out": [Path(config.held_out)]} if config.held_out else {}))
+    if config.held_out:
+        inputs["--held-out"] = Pool([config.held_out]).inputs
+    refuse_overlap(config.out, inputs)
     refuse_taken(config.out)
     with Interrupts():
         student, tokenizer = (load(config.student, config.trust_remote_code) for load in (load_config, load_tokenizer))
@@ -72,6 +76,7 @@ def pilot(config: PilotConfig, say: Callable[[str], None] = lambda line: None) -
             "problems": names.hash,
             "template": renderer.template_hash,
             **{name: getattr(config, name) for name in _IDENTITY},
+            "dtype": dtype_on(choose_device(config.device), config.dtype),
             "lora": config.lora and asdict(config.lora),
             **asdict(options),
         }
@@ -122,26 +127,27 @@ def _train(
     store: _Store, config: PilotConfig, selections: Selections, renderer: Renderer, say: Callable[[str], None]
 ) -> int:
     """All runs that are not done yet, a seed of every contender after the other; returns the tokens of a run."""
-    sets = dict[str, TrainingSet]()
+    lengths = dict[Path, NDArray[np.int64]]()
 
-    def data_of(contender: str, seed: int) -> TrainingSet:
-        path = str(selections.of(contender, seed).path)
-        if path not in sets:
-            sets[path] = load(selections.of(contender, seed), renderer)
-        return sets[path]
+    def lengths_of(contender: str, seed: int) -> NDArray[np.int64]:
+        selection = selections.of(contender, seed)
+        if selection.path not in lengths:
+            lengths[selection.path] = lengths_in(selection, renderer)
+        return lengths[selection.path]
 
     for contender in config.contenders:  # what cannot be selected is told before anything is trained
         selections.of(contender, 0)
     tokens = config.tokens
     if tokens is None:
-        tokens = round(DEFAULT_STEPS * config.global_batch * float(data_of(FULL, 0).lengths.mean()))
+        tokens = round(DEFAULT_STEPS * config.global_batch * float(lengths_of(FULL, 0).mean()))
     wanted = [(contender, seed) for seed in range(config.seeds) for contender in config.contenders]
     if not config.keep_checkpoints:  # of a pilot that was killed behind its line
         for contender, seed in store.runs:
             remove(folder_of(config, contender, seed))
     missing, started = [one for one in wanted if one not in store.runs], time.monotonic()
     for number, (contender, seed) in enumerate(missing, 1):
-        run = carry_out(config, contender, seed, selections.of(contender, seed), data_of(contender, seed), tokens)
+        own = selections.of(contender, seed), lengths_of(contender, seed)
+        run = carry_out(config, contender, seed, *own, tokens)
         store.keep(run.as_json())
         store.runs[contender, seed] = run
         if not config.keep_checkpoints:
@@ -167,7 +173,7 @@ def _finish(store: _Store, config: PilotConfig, selections: Selections, split: S
     out = Path(config.out)
     runs = [store.runs[contender, seed] for seed in range(config.seeds) for contender in config.contenders]
     if all(run.diverged is not None for run in runs):
-        raise UserError(f"every run's loss explodes; the first: {runs[0].diverged}")
+        raise UserError(f"every run blows up; the first, at {runs[0].diverged}. Lower --lr")
     held_out = [record.key for record in Pool([str(out / HELD_OUT)]).read()]
     counted = set(split.measured)
     own_weights = {

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from lark_fast.errors import DivergedError
 from lark_fast.pilot.config import PilotConfig
@@ -17,7 +19,7 @@ from lark_fast.pilot.split import HELD_OUT, MEASURED
 from lark_fast.rendering.renderer import Renderer
 from lark_fast.training.batches import global_batch, steps_per_epoch
 from lark_fast.training.config import TrainConfig
-from lark_fast.training.data import TrainingSet, load_training_set
+from lark_fast.training.data import load_training_set
 from lark_fast.training.run import train
 
 FOLDER = "runs"
@@ -73,23 +75,23 @@ class Run:
         return cls(**{**entry, **pairs, **nll, "own": own})
 
 
-def load(selection: Selection, renderer: Renderer) -> TrainingSet:
-    """A selection's trajectories."""
-    return load_training_set(str(selection.path), renderer, quiet=True)
+def lengths_in(selection: Selection, renderer: Renderer) -> NDArray[np.int64]:
+    """``[N]`` the tokens of a selection's trajectories."""
+    return load_training_set(str(selection.path), renderer, quiet=True).lengths
 
 
-def steps_for(data: TrainingSet, tokens: int, batch_size: int, seed: int) -> int:
-    """How many steps come nearest to so many input tokens; at least one."""
+def steps_for(lengths: NDArray[np.int64], tokens: int, batch_size: int, seed: int) -> int:
+    """How many steps come nearest to so many input tokens; at least one. ``lengths``: as ``lengths_in``."""
     total = steps = 0
     while True:
-        more = int(data.lengths[global_batch(steps, len(data), batch_size, seed)].sum())
+        more = int(lengths[global_batch(steps, len(lengths), batch_size, seed)].sum())
         if steps and total + more / 2 > tokens:
             return steps
         total, steps = total + more, steps + 1
 
 
 def carry_out(
-    config: PilotConfig, contender: str, seed: int, selection: Selection, data: TrainingSet, tokens: int
+    config: PilotConfig, contender: str, seed: int, selection: Selection, lengths: NDArray[np.int64], tokens: int
 ) -> Run:
     """Train, going on where a stopped run was, and measure.
 
@@ -97,12 +99,12 @@ def carry_out(
         UserError: it cannot be trained.
     """
     batch, folder = config.global_batch, folder_of(config, contender, seed)
-    steps = steps_for(data, tokens, batch, seed)
+    steps = steps_for(lengths, tokens, batch, seed)
     diverged, speed = None, 0.0
     try:
-        speed = train(_training(config, seed, selection, folder, steps, len(data))).tokens_per_second
+        speed = train(_training(config, seed, selection, folder, steps, len(lengths))).tokens_per_second
     except DivergedError as error:
-        diverged = str(error)
+        diverged = error.what
     gc.collect()  # a trainer is in a circle of references, and must not wait there with its student for the next one
     training, held_out, tokens_done = [], [], 0
     for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
@@ -118,10 +120,10 @@ def carry_out(
     return Run(
         contender=contender,
         seed=seed,
-        rows=len(data),
+        rows=len(lengths),
         steps=len(training),
         tokens=tokens_done,
-        epochs=round(len(training) * batch / len(data), 3),
+        epochs=round(len(training) * batch / len(lengths), 3),
         tokens_per_second=round(speed, 1),
         training=tuple(training),
         held_out=tuple(held_out),

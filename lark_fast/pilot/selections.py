@@ -37,7 +37,7 @@ class Selection:
         path: weighted rows.
         teachers: each one's share of the weight.
         held_out: weight by trajectory that the policy gives to the held-out problems' candidates; None for a bucket.
-        takes_all: every candidate of every problem is trained on, alike.
+        takes_all: every candidate is trained on, and every problem's alike.
     """
 
     path: Path
@@ -122,11 +122,13 @@ class Selections:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         teachers: dict[str, int] = defaultdict(int)
+        candidates: dict[str, int] = defaultdict(int)
         with atomic_open(folder / TRAIN) as file:
             for row, record in Matching(RowIndex(self._rows)).pairs(self._pool, f"writing {folder.name}"):
                 if bucket is not None and self._bucket[row] != bucket:
                     continue
                 teachers[record.teacher] += 1
+                candidates[record.key[0]] += 1
                 text = {"messages": record.messages, "input_ids": record.input_ids, "labels": record.labels}
                 line: dict[str, Any] = {"problem_id": record.problem_id, "candidate_id": record.candidate_id}
                 line |= {name: value for name, value in text.items() if value is not None} | {"weight": 1.0}
@@ -136,7 +138,7 @@ class Selections:
             path=folder / TRAIN,
             teachers={name: count / total for name, count in sorted(teachers.items())},
             held_out=self._all_alike() if bucket is None else None,
-            takes_all=bucket is None,
+            takes_all=bucket is None and len(set(candidates.values())) == 1,
         )
 
     @property
@@ -160,26 +162,27 @@ class Selections:
 
 
 def fitting_buckets(out: str, buckets: int) -> int:
-    """The most buckets, up to so many, that all hold a trajectory of the scored pool; 0 where two are too many."""
+    """So many buckets, or as many as half of the problems have candidates to fill; 0 where that is less than two."""
     rows = ScoredRows(Path(out, SCORES), ("g_hat",))
-    for number in range(buckets, 1, -1):
-        if np.isin(np.arange(number), buckets_of(rows, number)).all():
-            return number
-    return 0
+    counts = np.bincount(rows.problem, weights=np.isfinite(rows.numbers["g_hat"]))
+    fitting = min(buckets, int(np.median(counts)))
+    return fitting if fitting > 1 else 0
 
 
 def buckets_of(rows: ScoredRows, buckets: int) -> NDArray[np.int64]:
-    """``[R]`` each trajectory's bucket, from 0 for the lowest g_hat of its problem; -1 without a g_hat.
+    """``[R]`` each trajectory's bucket, from 0 for the lowest g_hat of its problem; -1 for none.
 
-    Of K candidates, the one of rank r (0 the lowest; the first of ties) is in bucket floor(n (r + 1/2) / K).
+    Of K candidates, the one of rank r (0 the lowest; the first of ties) is in bucket floor(n (r + 1/2) / K). Problems
+    of fewer candidates than buckets are in none, so that each bucket has a candidate of every problem it is made of.
     """
     found = np.full(len(rows), -1, dtype=np.int64)
     g_hat = rows.numbers["g_hat"]
     for block in rows.padded_blocks():
         present = (block >= 0) & np.isfinite(g_hat[block])
+        count = present.sum(axis=1, keepdims=True)
         energies = np.where(present, g_hat[block], np.inf)
         rank = np.argsort(np.argsort(energies, axis=1, kind="stable"), axis=1, kind="stable")
-        count = present.sum(axis=1, keepdims=True)
         bucket = np.floor(buckets * (rank + 0.5) / np.maximum(count, 1)).astype(np.int64)
-        found[block[present]] = bucket[present]
+        taken = present & (count >= buckets)
+        found[block[taken]] = bucket[taken]
     return found

@@ -17,6 +17,7 @@ from lark_fast.errors import RejectError, UserError
 from lark_fast.files import atomic_open
 from lark_fast.hashing import draw, hash_fields
 from lark_fast.pilot.config import PilotConfig
+from lark_fast.pool.faults import Faults
 from lark_fast.pool.reading import Pool, Rejected
 from lark_fast.pool.records import Record
 from lark_fast.progress import track
@@ -63,15 +64,16 @@ def choose_problems(config: PilotConfig) -> Names:
     Raises:
         UserError: fewer than two problems, or nothing for which ``where`` holds.
     """
-    wanted = _conditions(config)
+    wanted, faults = _conditions(config), Faults()
     counts: dict[str, int] = defaultdict(int)
-    for record in _records(config.pool, "looking for problems", wanted):
+    for record in _records(config.pool, "looking for problems", wanted, faults):
         counts[record.key[0]] += 1
-    for condition in wanted:
+    for condition in wanted if counts or not faults.count else ():
         condition.refuse_unmet()
     names = sorted(counts, key=lambda name: draw(0, name))
     if len(names) < 2:
-        raise UserError(f"--pool {' '.join(config.pool)}: has {len(names)} problem(s); a pilot needs some to hold out")
+        problems = f"has {len(names)} problem(s); a pilot needs some to hold out"
+        raise UserError(f"--pool {' '.join(config.pool)}: {problems}{faults.told()}")
     held = 0 if config.held_out else min(config.held_out_problems, max(1, len(names) // 5))
     trained = names[held : held + config.problems]
     told = (f"{name} {counts[name]}".encode("utf-8", "surrogatepass") for name in (*names[:held], "", *trained))
@@ -84,7 +86,7 @@ def write_split(config: PilotConfig, names: Names, renderer: Renderer) -> Split:
     Raises:
         UserError: there is nothing to train on or to measure, or a held-out problem is in the pool.
     """
-    faults: list[str] = []
+    faults = Faults()
     drawn, pool = names.held_out | names.trained, " ".join(config.pool)
     with ExitStack() as stack:
         files = _Files(config, stack)
@@ -95,8 +97,7 @@ def write_split(config: PilotConfig, names: Names, renderer: Renderer) -> Split:
             else:
                 files.hold_out(record)
         if not files.counts[POOL]:
-            why = f"; the first of {len(faults):,} faults: {faults[0]}" if faults else ""
-            raise UserError(f"--pool {pool}: no trajectory can be trained on{why}")
+            raise UserError(f"--pool {pool}: no trajectory can be trained on{faults.told()}")
         if config.held_out:
             others = [config.held_out]
             for record in _once(_records(others, "reading --held-out", (), faults, renderer)):
@@ -112,8 +113,8 @@ def write_split(config: PilotConfig, names: Names, renderer: Renderer) -> Split:
         pool_trajectories=files.counts[POOL],
         held_out_trajectories=files.counts[HELD_OUT],
         measured=tuple(files.measured),
-        rejected=len(faults),
-        first_reject=faults[0] if faults else "",
+        rejected=faults.count,
+        first_reject=faults.first,
         content=files.digest.hexdigest(),
     )
 
@@ -165,7 +166,7 @@ def _records(
     paths: Sequence[str],
     doing: str,
     wanted: Iterable[Condition],
-    faults: list[str] | None = None,
+    faults: Faults | None = None,
     renderer: Renderer | None = None,
     among: Collection[str] | None = None,
 ) -> Iterator[Record]:
@@ -190,7 +191,7 @@ def _records(
             if not fault:
                 yield item
             elif faults is not None:
-                faults.append(f"{item.source}:{item.line}: {fault}")
+                faults.add(item.source, item.line, fault)
 
 
 def _as_json(record: Record) -> dict[str, Any]:

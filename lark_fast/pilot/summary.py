@@ -10,6 +10,7 @@ from lark_fast.intervals import Interval, told
 from lark_fast.pilot.measures import Measures
 from lark_fast.pilot.runs import Run
 from lark_fast.pilot.verdict import verdict
+from lark_fast.pool.faults import rejected_line
 from lark_fast.tables import escaped, table
 
 _NLL = ("nll_before", "nll_after")  # of every held-out trajectory: runs.jsonl has them
@@ -44,8 +45,11 @@ class PilotSummary:
 
     def lines(self) -> list[str]:
         """For people."""
+        facts = self.facts
+        rejected = [rejected_line(facts["rejected"], facts["first_reject"])] if facts["rejected"] else []
         return [
             *self.as_markdown().splitlines()[2:],
+            *rejected,
             f"{self.out}: pilot.json, pilot.md, pilot.png, runs.jsonl",
         ]
 

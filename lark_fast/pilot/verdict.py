@@ -45,10 +45,10 @@ def verdict(
         )
     if measured.gaps:
         said += [_ends(measured.gaps), *_own(measured.gaps)]
-    elif not take_all and not any(one.diverged for one in measured.outcomes):
-        said.append("Nothing was compared: give --policies two or more.")
     if measured.worth is not None:
         said.append(_worth(measured.worth))
+    if not said:
+        said.append("Nothing was compared: give --policies two or more.")
     return said
 
 
@@ -56,7 +56,7 @@ def _diverged(measured: Measures) -> Iterator[str]:
     blown = [one for one in measured.outcomes if one.diverged]
     if blown:
         names = ", ".join(f"{one.contender} ({one.diverged} of {one.runs})" for one in blown)
-        yield f"At this learning rate the loss explodes in runs of {names}: no figures of these. Lower --lr."
+        yield f"A loss or gradient explodes in runs of {names}, which have no figures. Lower --lr."
 
 
 def _ends(gaps: tuple[Gap, ...]) -> str:

@@ -4,9 +4,16 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 RECENT, FEWEST = 64, 8  # steps that a step is compared with, at most and at least
+
+
+class Fault(NamedTuple):
+    """What is wrong with a step, and the way out."""
+
+    what: str
+    remedy: str
 
 
 class Guard:
@@ -24,21 +31,21 @@ class Guard:
         self._losses = deque((line["loss"] for line in steps), maxlen=RECENT)
         self._norms = deque((line["grad_norm"] for line in steps), maxlen=RECENT)
 
-    def fault(self, loss: float, norm: float) -> str | None:
-        """What is wrong with a step, and the way out; None where nothing is, and the step counts from then on."""
+    def fault(self, loss: float, norm: float) -> Fault | None:
+        """What is wrong with a step; None where nothing is, and the step counts from then on."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            return f"the loss is {loss:.6g}, the gradient norm {norm:.6g}. Lower --lr"
+            return Fault(f"the loss is {loss:.6g}, the gradient norm {norm:.6g}", "Lower --lr")
         if len(self._losses) >= FEWEST:
             usual_loss, usual_norm = median(self._losses), median(self._norms)
             if self.max_loss_jump and loss > usual_loss + self.max_loss_jump:
-                return (
-                    f"the loss jumps to {loss:.4g} from {usual_loss:.4g}. Lower --lr, or go on with a larger "
-                    "--max-loss-jump (0: any)"
+                return Fault(
+                    f"the loss jumps to {loss:.4g} from {usual_loss:.4g}",
+                    "Lower --lr, or go on with a larger --max-loss-jump (0: any)",
                 )
             if self.max_norm_ratio and norm > usual_norm * self.max_norm_ratio:
-                return (
-                    f"the gradient norm jumps to {norm:.4g} from {usual_norm:.4g}. Lower --lr, or go on with a larger "
-                    "--max-norm-ratio (0: any)"
+                return Fault(
+                    f"the gradient norm jumps to {norm:.4g} from {usual_norm:.4g}",
+                    "Lower --lr, or go on with a larger --max-norm-ratio (0: any)",
                 )
         self._losses.append(loss)
         self._norms.append(norm)

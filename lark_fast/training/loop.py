@@ -87,9 +87,9 @@ class Loop:
                 measured = trainer.measure(done)
                 if fault := guard.fault(measured.loss, measured.grad_norm):
                     state.agreed = True
+                    rows = trainer.data.where(measured.rows)
                     raise DivergedError(
-                        f"step {done + 1}: {fault}; training stops before it. Its rows: "
-                        f"{trainer.data.where(measured.rows)}"
+                        f"step {done + 1}: {fault.what}", f"{fault.remedy}; training stops before it. Its rows: {rows}"
                     )
                 with interrupts.held():
                     state.whole = False
@@ -150,7 +150,9 @@ class Loop:
         if not (self._lines and "eval_loss" in self._lines[-1]):
             loss = self.trainer.evaluate(self.held_out)
             if not math.isfinite(loss):
-                raise DivergedError(f"after step {done} the held-out loss is {loss}; lower --lr or look at --eval-data")
+                raise DivergedError(
+                    f"after step {done} the held-out loss is {loss}", "Lower --lr, or look at --eval-data"
+                )
             epoch = -(-done // self.trainer.steps_per_epoch)
             self._log({"step": done, "epoch": epoch, "eval_loss": loss})
         if self.config.patience is None:
