@@ -19,6 +19,12 @@ from benchmarks import baselines
 from lark_fast.files import write_json
 
 RECORD, SECONDS = "evidence.json", "seconds.json"
+RESULTS = {
+    "diagnose": "diagnosis/summary.json",
+    "score": "scores/manifest.json",
+    "select": "selection/manifest.json",
+    "pilot": "pilot/pilot.json",
+}
 SELECTION = ("counts", "mean_effective_sample_size", "mean_chi2_divergence", "selected_tokens", "teachers")
 
 
@@ -29,8 +35,10 @@ def main() -> None:
     path = options.out / SECONDS
     seconds = json.loads(path.read_text()) if path.exists() else {}
     for name, words in _commands(options).items():
-        started = time.monotonic()
+        repeated, started = _is_done(options.out / RESULTS[name]), time.monotonic()
         subprocess.run([sys.executable, "-m", "lark_fast", *words], check=True)
+        if repeated:  # to measure anew what was done, which is not what it takes
+            continue
         # Of a command that was stopped and went on, all its parts.
         seconds[name] = round(seconds.get(name, 0) + time.monotonic() - started, 1)
         path.write_text(json.dumps(seconds))
@@ -64,11 +72,11 @@ def _commands(options: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def _record(options: argparse.Namespace, seconds: dict[str, float]) -> dict[str, Any]:
-    left = {"diagnosis": "diagnosis/summary.json", "selection": "selection/manifest.json", "pilot": "pilot/pilot.json"}
+    left = {"diagnosis": "diagnose", "selection": "select", "pilot": "pilot"}
     found = {
         name: json.loads(path.read_text(encoding="utf-8"))
-        for name, file in left.items()
-        if (path := options.out / file).exists()
+        for name, command in left.items()
+        if (path := options.out / RESULTS[command]).exists()
     }
     if "selection" in found:  # the rest says where things lie on this machine
         found["selection"] = {name: found["selection"][name] for name in SELECTION} | {"budget": options.budget}
@@ -81,6 +89,10 @@ def _record(options: argparse.Namespace, seconds: dict[str, float]) -> dict[str,
         "seconds": seconds,
         **found,
     }
+
+
+def _is_done(result: Path) -> bool:
+    return result.exists() and json.loads(result.read_text(encoding="utf-8")).get("complete", True)
 
 
 def _without_places(words: list[str]) -> list[str]:

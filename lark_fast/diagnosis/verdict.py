@@ -127,8 +127,8 @@ def _answer(measured: Measures) -> str:
     if ours.sign == 0:
         return (
             "In all: this sample does not show that g_hat says anything about what this student learns fastest. A "
-            "larger --problems, in a directory of its own, would tell more; `lark-fast pilot` tells whether learning it "
-            "helps."
+            "larger --problems, in a directory of its own, would tell more; `lark-fast pilot` tells whether learning "
+            "it helps."
         )
     if ours.sign < 0:
         return "In all: g_hat orders these candidates the wrong way round. Do not select by it for this student."
