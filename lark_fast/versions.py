@@ -11,7 +11,7 @@ def versions(*packages: str) -> dict[str, str]:
     found = {"lark_fast": lark_fast.__version__}
     for package in packages:
         try:
-            found[package.replace("-", "_")] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
             continue
     return {**found, "python": platform.python_version()}

@@ -97,17 +97,27 @@ while line := sys.stdin.readline():
 """
 
 
+# For commands that train and draw many times; measuring the machine takes longer than most of their runs.
+EVIDENCE = ("lark_fast.training.run", "lark_fast.scoring.run", "lark_fast.flop", "scipy.stats", "matplotlib.figure")
+NO_CEILING = """
+lark_fast.flop.matmul_ceiling = lark_fast.training.run.matmul_ceiling = lambda *_: 1e12
+"""
+
+
 class Forks:
     """Starts lark-fast again and again without the seconds that its imports take, by forking a process that has them.
 
     Args:
         directory: for what the commands print.
+        modules: that most of them import too.
+        before: a program that it runs first, once.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *modules: str, before: str = "") -> None:
         self._directory, self._numbers = directory, itertools.count()
+        more = (f"import {', '.join(modules)}\n" if modules else "") + before
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _FORKING],
+            [sys.executable, "-c", more + _FORKING],
             env={**ENVIRONMENT, "OMP_WAIT_POLICY": "passive"},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 from lark_fast.pilot.config import PilotConfig
 from lark_fast.pilot.run import pilot
 from lark_fast.student import load_student
-from tests.command import make_records, write_jsonl, write_student
+from tests.command import EVIDENCE, NO_CEILING, Forks, make_records, write_jsonl, write_student
 
 PROBLEMS = 42
 OPTIONS = (
@@ -24,6 +24,13 @@ FILES = ["manifest.json", "pilot.json", "pilot.md", "pilot.png", "runs.jsonl"]
 def records(problems=PROBLEMS):
     for number, record in enumerate(make_records(problems, candidates=3)):
         yield {**record, "correct": number % 2 == 0, "weight": 5, "meta": "theirs"}
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    started = Forks(tmp_path_factory.mktemp("prints"), *EVIDENCE, before=NO_CEILING)
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from lark_fast.pilot.measures import Measures
 from lark_fast.pilot.runs import Run
 from lark_fast.pilot.verdict import verdict
 from lark_fast.pool.faults import rejected_line
+from lark_fast.report.texts import short
 from lark_fast.tables import escaped, table
 
 _NLL = ("nll_before", "nll_after")  # of every held-out trajectory: runs.jsonl has them
@@ -117,7 +118,7 @@ class PilotSummary:
         parts += [
             "## Share of the weight by teacher\n",
             table(
-                ["trained on", *(name or "(none)" for name in teachers)],
+                ["trained on", *(short(name) or "(none)" for name in teachers)],
                 [[one.contender, *(f"{one.teachers.get(name, 0):.1%}" for name in teachers)] for one in shares],
             ),
         ]
