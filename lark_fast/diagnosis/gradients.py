@@ -1,6 +1,6 @@
 """Gradients of single trajectories by autograd, their inner products, and steps along them that are taken back."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -63,15 +63,12 @@ class Gradients:
         self._dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
         self._held = self._how_many_fit()
 
-    def gram(
-        self, rows: Sequence[Rendered], other: Rendered | None = None, on_pass: Callable[[], None] = lambda: None
-    ) -> NDArray[np.float64]:
+    def gram(self, rows: Sequence[Rendered], other: Rendered | None = None) -> NDArray[np.float64]:
         """Inner products of the trajectories' gradients, summed in float64.
 
         Args:
             rows: K trajectories.
             other: one more, the last row and column of the result.
-            on_pass: hears of every backward pass.
 
         Returns:
             ``[K, K]``, or ``[K + 1, K + 1]``. Not finite where a gradient is not.
@@ -86,12 +83,10 @@ class Gradients:
             held = range(start, min(start + block, len(every)))
             for place, row in enumerate(held):
                 self._write_gradient(every[row], buffer[place])
-                on_pass()
             own = _products(buffer[: len(held)], buffer[: len(held)])
             gram[held.start : held.stop, held.start : held.stop] = own
             for row in range(held.stop, len(every)):
                 self._write_gradient(every[row], buffer[-1])
-                on_pass()
                 between = _products(buffer[: len(held)], buffer[-1:])
                 gram[held.start : held.stop, row] = between[:, 0]
                 gram[row, held.start : held.stop] = between[:, 0]
