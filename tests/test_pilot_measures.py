@@ -12,7 +12,7 @@ from lark_fast.pilot.runs import Run
 from lark_fast.pilot.verdict import verdict
 
 PROBLEMS = [str(number // 3) for number in range(60)]  # 20 of 3 trajectories
-SIZES = {"trained_problems": 100, "held_out_problems": 20, "seeds": 3, "budget": 3, "take_all": ("full",)}
+SIZES = {"trained_problems": 100, "held_out_problems": 20, "seeds": 3, "steps": 50, "budget": 3, "take_all": ("full",)}
 
 
 def run(contender, seed, end, *, own=1.0, noise=0.002, diverged=None):

@@ -44,6 +44,9 @@ def diagnose(
     out: Annotated[Path, typer.Option(help="Directory; the same command again goes on with the next problem.")],
     problems: Annotated[int, typer.Option(help="How many problems to draw from the pool.")] = 40,
     candidates: Annotated[int, typer.Option(help="Of a problem, at most.")] = 8,
+    where: Annotated[
+        list[str] | None, typer.Option(help="COLUMN or COLUMN=VALUE of the pool: look at such trajectories alone.")
+    ] = None,
     parameters: Annotated[
         Parameters, typer.Option(help="Gradients of all parameters, the output embedding, or LoRA adapters.")
     ] = Parameters.all,
@@ -76,6 +79,7 @@ def diagnose(
         out=str(out),
         problems=problems,
         candidates=candidates,
+        where=tuple(where or ()),
         parameters=parameters.value,
         budget=budget,
         lr=lr,

@@ -21,6 +21,7 @@ class DiagnoseConfig:
         candidates: of a problem, at most; drawn too where there are more.
         parameters: whose gradients: "all", "last-layer" (the output embedding, hidden states held still), or "lora":
             adapters as ``train --lora`` would begin with.
+        where: COLUMN or COLUMN=VALUE of the pool; only such trajectories are looked at.
         budget: of the selections that are tried on each problem.
         lr: of the AdamW steps.
         steps: how many AdamW steps a rate is measured over.
@@ -42,6 +43,7 @@ class DiagnoseConfig:
     out: str
     problems: int = 40
     candidates: int = 8
+    where: tuple[str, ...] = ()
     parameters: Parameters = "all"
     budget: int = 3
     lr: float = 1e-5

@@ -22,6 +22,7 @@ PACES = (("chi2", FULL), ("random", FULL), ("topb", "random"), ("chi2", BY_LOT))
 WIDE = (0.1, 0.9)  # quantiles that tell how far something spreads
 # Of a loss: what rounding may move it by, relative.
 NOISE = {"float64": 1e-12, "float32": 1e-6, "float16": 1e-4, "bfloat16": 1e-3}
+FAR_OUT = 10
 _FEW = 0.1  # of the runs, that may go wrong
 _NOTHING = Interval(mean=math.nan, low=math.nan, high=math.nan)
 
@@ -140,6 +141,7 @@ class Measures:
     trajectories: int
     tokens: int  # scored
     not_finite: tuple[str, ...]  # file and line of trajectories that were left out
+    outliers: tuple[str, ...]  # of those whose kappa is more than FAR_OUT times the median, or its FAR_OUTth
     kappa: Kappa
     overlap: Overlap
     agreements: tuple[Agreement, ...]
@@ -165,6 +167,7 @@ def measure(lines: Sequence[Line], *, budget: int, dtype: str = "float32") -> Me
         trajectories=sum(len(line["nll"]) for line in lines),
         tokens=sum(int(_tokens(line).sum()) for line in lines),
         not_finite=not_finite,
+        outliers=tuple(_outliers(lines, kappa.median.mean)),
         kappa=kappa,
         overlap=_overlap(lines),
         agreements=tuple(_agreements(several, kappa.slope.mean, budget)),
@@ -203,6 +206,13 @@ def _kappa(lines: Sequence[Line]) -> Kappa:
 
 
 _KAPPA = ("median", "spread", "within", "slope", "explained", "spread_at_length")
+
+
+def _outliers(lines: Sequence[Line], median: float) -> Iterator[str]:
+    for line in lines:
+        for one, brier, norm in zip(line["candidates"], line["brier"], np.diag(np.array(line["gram"])), strict=True):
+            if brier > 0 and not median / FAR_OUT <= norm / brier <= median * FAR_OUT:
+                yield f"{one['source']}:{one['line']}"
 
 
 def _spread(log: Floats) -> float:

@@ -60,16 +60,21 @@ def diagnose(config: DiagnoseConfig) -> DiagnoseSummary:
     options = config.options.fitting(student.max_positions)
     renderer = Renderer(student.tokenizer, options, vocab_size=student.vocab_size, chat_template=config.chat_template)
     sample = draw_sample(
-        config.pool, renderer, problems=config.problems, candidates=config.candidates, seed=config.seed
+        config.pool,
+        renderer,
+        problems=config.problems,
+        candidates=config.candidates,
+        seed=config.seed,
+        where=config.where,
     )
-    names = ("parameters", "budget", "lr", "steps", "top_k", "seed")
+    names = ("problems", "candidates", "where", "parameters", "budget", "lr", "steps", "top_k", "seed")
     identity = {
         "student": fingerprint(config.student),
-        "sample": sample.content,
-        "template": renderer.template_hash,
         "dtype": str(student.dtype).removeprefix("torch."),
         **{name: getattr(config, name) for name in names},
         **asdict(options),
+        "template": renderer.template_hash,
+        "sample": sample.content,
     }
     results = (SUMMARY, TABLES, FIGURE)
     with (
@@ -246,6 +251,7 @@ def _facts(config: DiagnoseConfig, student: "Student", sample: Sample, size: int
     return {
         "student": Path(config.student).name,
         "pool": [Path(path).name for path in config.pool],
+        "where": config.where,
         "parameters": config.parameters,
         "n_parameters": size,
         "budget": config.budget,

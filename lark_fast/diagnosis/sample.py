@@ -11,6 +11,7 @@ from lark_fast.pool.reading import Pool, Rejected
 from lark_fast.pool.records import Record
 from lark_fast.progress import track
 from lark_fast.rendering.renderer import Rendered, Renderer
+from lark_fast.selection.filters import Condition
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,21 +32,26 @@ class Sample:
     content: str  # a hash of all of it
 
 
-def draw_sample(pool: Sequence[str], renderer: Renderer, *, problems: int, candidates: int, seed: int) -> Sample:
+def draw_sample(
+    pool: Sequence[str], renderer: Renderer, *, problems: int, candidates: int, seed: int, where: Sequence[str] = ()
+) -> Sample:
     """Read the pool twice: to see which problems there are, and for the records of those drawn.
 
     Raises:
-        UserError: no problem has two candidates that can be used.
+        UserError: no problem has two candidates that can be used, or a condition holds for none.
     """
+    conditions = [Condition(text) for text in where]
     counts: dict[str, int] = defaultdict(int)
-    for item in _read(pool, "looking for problems"):
+    for item in _read(pool, "looking for problems", conditions):
         if isinstance(item, Record):
             counts[item.key[0]] += 1
+    for condition in conditions:
+        condition.refuse_unmet()
     several = [problem for problem, count in counts.items() if count > 1]
     drawn = sorted(several, key=lambda problem: draw(seed, problem))[:problems]
     records: dict[str, dict[str, Record]] = {problem: {} for problem in drawn}
     faults = Faults()
-    for item in _read(pool, "reading problems"):
+    for item in _read(pool, "reading problems", conditions):
         if isinstance(item, Rejected):
             faults.add(item.source, item.line, item.reason)
         elif item.key[0] in records:
@@ -77,9 +83,12 @@ def draw_sample(pool: Sequence[str], renderer: Renderer, *, problems: int, candi
     )
 
 
-def _read(pool: Sequence[str], doing: str) -> Iterator[Record | Rejected]:
+def _read(pool: Sequence[str], doing: str, conditions: Sequence[Condition]) -> Iterator[Record | Rejected]:
+    """Of the records, those for which all conditions hold."""
     opened = Pool(pool)
     with track(doing, opened.total_bytes) as progress:
         for item in opened.read():
             progress.update(opened.bytes_read)
-            yield item
+            # Every condition is asked, so that each knows whether it ever holds.
+            if isinstance(item, Rejected) or all([condition.holds(item) for condition in conditions]):
+                yield item

@@ -55,7 +55,9 @@ class DiagnoseSummary:
         kappa, overlap = measured.kappa, measured.overlap
         top_k = "the exact Brier score" if facts["top_k"] is None else f"the Brier score over {facts['top_k']} logits"
         head = (
-            f"{facts['student']} on {', '.join(facts['pool'])}: {measured.trajectories:,} "
+            f"{facts['student']} on {', '.join(facts['pool'])}"
+            + (f" where {', '.join(facts['where'])}" if facts["where"] else "")
+            + f": {measured.trajectories:,} "
             f"trajectories of {measured.problems:,} problems, {measured.tokens:,} scored tokens, {top_k}; gradients of "
             f"{facts['n_parameters']:,} parameters ({facts['parameters']}) in {facts['dtype']}. In brackets: 95 % over "
             "problems."

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from lark_fast.diagnosis.config import FEWEST_PROBLEMS
-from lark_fast.diagnosis.measures import BY_LOT, FULL, Agreement, Measures, Pace
+from lark_fast.diagnosis.measures import BY_LOT, FAR_OUT, Agreement, Measures, Pace
 from lark_fast.intervals import Interval, told
 from lark_fast.selection.policies import RANDOM
 
@@ -56,6 +56,11 @@ def _assumptions(measured: Measures) -> Iterator[str]:
         f"kappa = |grad nll|^2 / Brier {steady}: its 90th percentile is {told(kappa.spread, 1)} times its 10th, and in "
         f"the median problem the largest is {told(kappa.within, 1)} times the smallest.{length}"
     )
+    if measured.outliers:
+        yield (
+            f"{len(measured.outliers):,} trajectories have a kappa more than {FAR_OUT} times the median or less than a "
+            f"{FAR_OUT}th of it ({measured.outliers[0]} first): look at them, for few can decide the line."
+        )
     share = overlap.share
     held = "may overlap or not"
     if max(abs(share.low), abs(share.high)) <= NEGLIGIBLE_SHARE:
@@ -109,15 +114,18 @@ def _steps(measured: Measures, lr: float) -> Iterator[str]:
         f"{_how('rho', 'the rate at which the loss of each falls over real steps', ours.spearman)} (AdamW, lr "
         f"{lr:g}): Spearman {told(ours.spearman)}; shortness {told(short.spearman)}."
     )
-    beside = {FULL: "all candidates alike", RANDOM: "a random choice of as many", BY_LOT: "the same weights by lot"}
-    paces = [f"{pace.policy} beside {beside[pace.beside]} {_pace(pace)}" for pace in measured.paces]
-    if paces:
-        yield f"How many times as fast a weighted loss falls over AdamW steps: {'; '.join(paces)}."
+    beside = {RANDOM: "a random choice of as many", BY_LOT: "the same weights dealt to candidates by lot"}
+    for pace in measured.paces:
+        if pace.beside in beside:  # the tables have the others, which compare weightings of unequal sizes
+            yield (
+                f"The loss that {pace.policy} weights falls {_pace(pace)} times as fast over AdamW steps as with "
+                f"{beside[pace.beside]}."
+            )
 
 
 def _pace(pace: Pace) -> str:
     left_out = f" without {pace.left_out} problems where a loss did not fall" if pace.left_out else ""
-    return f"{told(pace.adamw)}{left_out}, by exact gradients {told(pace.exact)}"
+    return f"{told(pace.adamw)}{left_out} (by exact gradients: {told(pace.exact)})"
 
 
 def _answer(measured: Measures) -> str:
@@ -127,7 +135,7 @@ def _answer(measured: Measures) -> str:
     if ours.sign == 0:
         return (
             "In all: this sample does not show that g_hat says anything about what this student learns fastest. A "
-            "larger --problems, in a directory of its own, would tell more; `lark-fast pilot` tells whether learning "
+            "larger --problems, in a directory of its own, would tell more; lark-fast pilot tells whether learning "
             "it helps."
         )
     if ours.sign < 0:
@@ -135,7 +143,7 @@ def _answer(measured: Measures) -> str:
     strength = "a fair" if ours.mean >= FAIR else "a weak" if ours.mean < PARTLY else "some"
     return (
         f"In all: g_hat is {strength} guide to what this student learns fastest here. Whether learning it helps on "
-        "other problems is another question: `lark-fast pilot` answers that."
+        "other problems is another question: lark-fast pilot answers that."
     )
 
 

@@ -8,6 +8,7 @@ from lark_fast.training.config import PRECISIONS, LoraOptions
 
 FULL, BUCKET = "full", "bucket"  # of every trajectory alike; of those that g_hat ranks alike
 FEWEST_PROBLEMS = 8  # held out, or trained on: below, intervals say nothing
+FEWEST_STEPS = 10  # of a run: below, hardly anything is learnt
 DEFAULT_STEPS = 50  # of an average batch, where no number of tokens is given
 _MOST_BUCKETS = 20
 

@@ -65,6 +65,8 @@ def _draw_gaps(axes: "Axes", summary: PilotSummary, colours: dict[str, str]) -> 
             axes.plot([place] * 2, [gap.loss.low, gap.loss.high], color=colour, linewidth=2.5)
         axes.plot(place, gap.loss.mean, "D", color=colour, markersize=8, markeredgecolor="white")
     axes.axhline(0, color="#333333", linewidth=1)
+    if not gaps:
+        axes.text(0.5, 0.5, "nothing to compare", ha="center", transform=axes.transAxes)
     axes.set_xticks(range(len(gaps)), [gap.policy for gap in gaps])
     axes.set_xlim(-0.6, max(1, len(gaps)) - 0.4)
     baseline = gaps[0].baseline if gaps else "the baseline"

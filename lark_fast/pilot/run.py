@@ -162,9 +162,10 @@ def _told(run: Run) -> str:
     if run.diverged is not None:
         return f"{run.contender}, seed {run.seed}: {run.diverged}"
     first, last = run.held_out[0][1], run.held_out[-1][1]
+    speed = f" at {run.tokens_per_second:,.0f} tokens/s" if run.tokens_per_second else ""
     return (
-        f"{run.contender}, seed {run.seed}: {run.steps:,} steps, {run.tokens:,} tokens at "
-        f"{run.tokens_per_second:,.0f} tokens/s, held-out loss {first:.4f} -> {last:.4f}"
+        f"{run.contender}, seed {run.seed}: {run.steps:,} step(s), {run.tokens:,} tokens{speed}, held-out loss "
+        f"{first:.4f} -> {last:.4f}"
     )
 
 
@@ -207,6 +208,7 @@ def _finish(store: _Store, config: PilotConfig, selections: Selections, split: S
         "take_all": take_all,
         "seeds": config.seeds,
         "tokens": tokens,
+        "steps": min(run.steps for run in runs if run.diverged is None),
         "lr": config.lr,
         "global_batch": config.global_batch,
         "lora": config.lora and asdict(config.lora),

@@ -36,7 +36,7 @@ class PilotSummary:
     @property
     def verdict(self) -> list[str]:
         """Sentences."""
-        names = ("trained_problems", "held_out_problems", "seeds", "budget", "take_all")
+        names = ("trained_problems", "held_out_problems", "seeds", "steps", "budget", "take_all")
         return verdict(self.measured, **{name: self.facts[name] for name in names})
 
     def as_json(self) -> dict[str, Any]:
@@ -65,7 +65,8 @@ class PilotSummary:
             f"{facts['student']} on {', '.join(facts['pool'])}"
             + (f" where {', '.join(facts['where'])}" if facts["where"] else "")
             + f": {facts['trained_trajectories']:,} trajectories of {facts['trained_problems']:,} problems, budget "
-            f"{facts['budget']}, {facts['tokens']:,} input tokens a run, {facts['seeds']} seed(s), lr {facts['lr']:g}, "
+            f"{facts['budget']}, about {facts['tokens']:,} input tokens a run ({facts['steps']} steps or more), "
+            f"{facts['seeds']} seed(s), lr {facts['lr']:g}, "
             f"batches of {facts['global_batch']}. Held out: {held_out}; loss before training {measured.start:.4f}. "
             "Loss in nats a token; in brackets 95 % over seeds."
         )

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from lark_fast.intervals import told
-from lark_fast.pilot.config import FEWEST_PROBLEMS
+from lark_fast.pilot.config import FEWEST_PROBLEMS, FEWEST_STEPS
 from lark_fast.pilot.measures import Gap, Measures, Worth
 
 
@@ -13,6 +13,7 @@ def verdict(
     trained_problems: int,
     held_out_problems: int,
     seeds: int,
+    steps: int,
     budget: int,
     take_all: Sequence[str],
 ) -> list[str]:
@@ -21,10 +22,20 @@ def verdict(
     Args:
         measured: the figures.
         trained_problems, held_out_problems, seeds: what they are of.
+        steps: of the shortest run.
         budget: candidates that a policy keeps of a problem.
         take_all: policies that keep every candidate of every problem, alike.
     """
     said = list(_diverged(measured))
+    if len(take_all) > 1:
+        said.append(
+            f"{_and(list(take_all))} are one selection: no problem has more candidates than the budget of {budget}, "
+            "so all are kept. Lower --budget, or compare on a pool with more."
+        )
+    if steps < FEWEST_STEPS:
+        said.append(
+            f"The shortest run has {steps} step(s), which hardly trains: raise --tokens, or lower --global-batch."
+        )
     few = [
         f"{count:,} problem(s) {what}"
         for count, what in ((trained_problems, "to train on"), (held_out_problems, "held out"))
@@ -38,11 +49,6 @@ def verdict(
         ]
     if seeds < 2:
         return [*said, "One seed tells nothing of chance: run more (--seeds 3) before believing an order."]
-    if len(take_all) > 1:
-        said.append(
-            f"{_and(list(take_all))} are one selection: no problem has more candidates than the budget of {budget}, "
-            "so all are kept. Lower --budget, or compare on a pool with more."
-        )
     if measured.gaps:
         said += [_ends(measured.gaps), *_own(measured.gaps)]
     if measured.worth is not None:
@@ -65,9 +71,12 @@ def _ends(gaps: tuple[Gap, ...]) -> str:
     apart = [gap for gap in gaps if gap.loss.sign]
     alike = [gap.policy for gap in gaps if not gap.loss.sign]
     if not apart:
+        far = max(gaps, key=lambda gap: abs(gap.loss.mean))
         return (
             f"Nothing separates the policies here: the held-out loss after training on {_and(alike)} cannot be told "
-            f"from {baseline}'s. A longer run (--tokens), more seeds or more held-out problems might."
+            f"from {baseline}'s. The largest difference is {far.policy}'s, {far.loss.mean:+.4f} nats a token "
+            f"({far.loss.low:+.4f} to {far.loss.high:+.4f}; above 0 is worse). A longer run (--tokens), more seeds or "
+            "more held-out problems might tell."
         )
     said = [
         f"{gap.policy} ends {'below' if gap.loss.sign < 0 else 'above'} {baseline} by {abs(gap.loss.mean):.4f} "
