@@ -80,6 +80,8 @@ def _record(options: argparse.Namespace, seconds: dict[str, float]) -> dict[str,
     }
     if "selection" in found:  # the rest says where things lie on this machine
         found["selection"] = {name: found["selection"][name] for name in SELECTION} | {"budget": options.budget}
+    for name in ("not_finite", "outliers"):
+        found["diagnosis"][name] = [Path(place).name for place in found["diagnosis"][name]]
     return {
         "device": baselines.device_name(),
         "versions": baselines.versions(),

@@ -130,6 +130,20 @@ def test_a_pool_too_small_to_say_anything(tmp_path, student, forks):
     assert "Too small to say anything: 1 problem(s)" in done.stdout
 
 
+def test_a_part_of_the_pool(tmp_path, student, pool, forks):
+    rows = [json.loads(line) for line in pool.read_text().splitlines()]
+    marked = write_jsonl(tmp_path / "pool.jsonl", [{**row, "good": row["candidate_id"] != 1} for row in rows])
+    arguments = ("diagnose", "--pool", marked, "--student", student, *OPTIONS, "--problems", 8)
+    done = forks.run(*arguments, "--out", tmp_path / "out", "--where", "good")
+    assert "24 trajectories of 8 problems" in done.stdout
+    assert all(one["candidate_id"] != "1" for line in lines_of(tmp_path / "out") for one in line["candidates"])
+    done = forks.run(*arguments, "--out", tmp_path / "again", "--where", "teacher=nobody", code=2)
+    assert "--where teacher=nobody: is so for no record" in done.stderr
+    # What differs is said as it was given.
+    done = forks.run(*arguments, "--out", tmp_path / "out", "--where", "good", "--problems", 9, code=2)
+    assert "was begun otherwise (problems 8 there, 9 now" in done.stderr
+
+
 def test_nothing_to_compare(tmp_path, student, forks):
     single = write_jsonl(tmp_path / "pool.jsonl", list(make_records(4, candidates=1)))
     done = forks.run("diagnose", "--pool", single, "--student", student, "--out", tmp_path / "out", *OPTIONS, code=2)

@@ -21,7 +21,11 @@ def line(number, *, kappa=lambda tokens, rng: 7.0, overlap=0.0, after=None, seed
     nll, brier = rng.uniform(0.5, 3, K), rng.uniform(0.1, 0.9, K)
     norms = np.array([kappa(count, rng) for count in tokens]) * brier
     gram = np.sqrt(np.outer(norms, norms)) * (overlap + (1 - overlap) * np.eye(K))
-    weights = {"full": np.full(K, 1 / K), "chi2": rng.dirichlet(np.ones(K))}
+    weights = {
+        "full": np.full(K, 1 / K),
+        "chi2": rng.dirichlet(np.ones(K)),
+        "chi2 by lot": rng.dirichlet(np.ones(K)),
+    }
 
     def steps(rate, lr):
         return {"lr": lr, "steps": 1, "before": 1.0, "after": math.exp(-rate * lr) if after is None else after}
@@ -36,7 +40,9 @@ def line(number, *, kappa=lambda tokens, rng: 7.0, overlap=0.0, after=None, seed
     }
     return {
         "problem_id": str(number),
-        "candidates": [{"n_tokens": int(count)} for count in tokens],
+        "candidates": [
+            {"n_tokens": int(count), "source": "pool.jsonl", "line": place} for place, count in enumerate(tokens)
+        ],
         "not_finite": [] if finite else ["pool.jsonl:5"],
         "nll": nll.tolist(),
         "brier": brier.tolist(),
@@ -147,9 +153,19 @@ def test_problems_where_a_loss_rose_are_left_out_of_the_pace_and_counted():
     for one in found[:2]:
         one["steps"]["adamw"]["chi2"]["after"] = 1.1
     measured = measure(found, budget=B)
-    (pace,) = measured.paces
-    assert (pace.problems, pace.left_out) == (20, 2)
+    assert [(pace.beside, pace.problems, pace.left_out) for pace in measured.paces] == [
+        *(("full", 20, 2), ("chi2 by lot", 20, 2))
+    ]
     assert "without 2 problems where a loss did not fall" in " ".join(verdict(measured, lr=1e-5))
+
+
+def test_a_trajectory_far_out_is_named():
+    found = lines(9)
+    assert measure(found, budget=B).outliers == ()
+    found[3]["gram"][2][2] *= 20
+    measured = measure(found, budget=B)
+    assert measured.outliers == ("pool.jsonl:2",)
+    assert "1 trajectories have a kappa more than 10 times the median" in " ".join(verdict(measured, lr=1e-5))
 
 
 def test_a_problem_of_which_nothing_is_finite():

@@ -144,6 +144,13 @@ def test_runs_that_blow_up_have_no_figures():
     assert "Lower --lr" in said
 
 
+def test_runs_too_short_to_train():
+    measured = measured_of({"chi2": 2.2, "random": 2.2}, noise=0.05)
+    assert "The shortest run has 1 step(s), which hardly trains" in said_of(measured, steps=1)
+    assert "step(s)" not in said_of(measured)
+    assert "The largest difference is chi2's, " in said_of(measured)
+
+
 def test_only_measured_trajectories_count():
     runs = [run(name, seed, end) for seed in range(2) for name, end in (("chi2", 2.0), ("random", 2.2))]
     counted = [place < 30 for place in range(60)]
