@@ -272,9 +272,11 @@ def test_properties_of_the_budget_form(e, budget, with_prior):
     p = np.full(len(e), 1.0) if prior is None else prior
     assert q.min() >= 0
     assert math.isclose(q.sum(), 1, rel_tol=1e-12)
-    if len(e) > budget and np.sort(e)[::-1][budget] < e.max() - 1e-8 * np.ptp(e):
+    # Ties are within 1e-9 of the spread; so near to that, either is right.
+    gap = e.max() - np.sort(e)[::-1][budget] if len(e) > budget else 0.0
+    if gap > 2e-9 * np.ptp(e):
         assert np.count_nonzero(q) <= budget
-    else:
+    elif gap < 0.5e-9 * np.ptp(e) or gap == 0:
         assert np.count_nonzero(q) >= min(budget, len(e))
     order = np.argsort(e)
     if len(e) > budget:  # otherwise the weights are the prior, whatever the energies
