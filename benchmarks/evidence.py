@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import baselines
+from benchmarks.fingerprint import fingerprints
 from lark_fast.files import write_json
 
 RECORD, SECONDS = "evidence.json", "seconds.json"
@@ -87,6 +88,7 @@ def _record(options: argparse.Namespace, seconds: dict[str, float]) -> dict[str,
         "versions": baselines.versions(),
         "date": date.today().isoformat(),
         "commit": options.commit,
+        "kernels_sha256": fingerprints(),
         "commands": {name: " ".join(_without_places(words)) for name, words in _commands(options).items()},
         "seconds": seconds,
         **found,
