@@ -1,7 +1,6 @@
 """The picture of a diagnosis: kappa by length, angles between gradients, agreement, and the pace of selections."""
 
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,8 +8,8 @@ import numpy as np
 
 from lark_fast.diagnosis.measures import Measures
 from lark_fast.diagnosis.summary import DiagnoseSummary
-from lark_fast.files import atomic_path
 from lark_fast.intervals import Interval, told
+from lark_fast.pictures import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,25 +19,16 @@ BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#555555"  # of Okabe and Ito's
 
 def draw_diagnosis(summary: DiagnoseSummary, path: Path) -> bool:
     """Draw a PNG of 1400 x 900 pixels; False, and a line that says so, without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"lark-fast: {path.name} needs matplotlib: pip install 'lark-fast[plot]'", file=sys.stderr)
+    figure = new_figure(path, (14, 9))
+    if figure is None:
         return False
-    figure = Figure(figsize=(14, 9), layout="constrained")
     (kappa, angles), (agreement, pace) = figure.subplots(2, 2)
     measured = summary.measured
     _draw_kappa(kappa, measured)
     _draw_angles(angles, measured)
     _draw_agreement(agreement, measured)
     _draw_pace(pace, measured)
-    for axes in (kappa, angles, agreement, pace):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.title.set_fontsize(13)
-        axes.grid(alpha=0.25)
-        axes.set_axisbelow(True)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    save_figure(figure, path, (kappa, angles, agreement, pace))
     return True
 
 

@@ -1,13 +1,12 @@
 """The picture of a pilot: held-out loss by tokens, differences at the end, and what a rank of g_hat is worth."""
 
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lark_fast.files import atomic_path
+from lark_fast.pictures import new_figure, save_figure
 from lark_fast.pilot.config import BUCKET
 from lark_fast.pilot.summary import PilotSummary
 
@@ -20,25 +19,16 @@ COLOURS = ("#d55e00", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#333333", "#5
 
 def draw_pilot(summary: PilotSummary, path: Path) -> bool:
     """Draw a PNG of 1500 x 550 pixels; False, and a line that says so, without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"lark-fast: {path.name} needs matplotlib: pip install 'lark-fast[plot]'", file=sys.stderr)
+    figure = new_figure(path, (15, 5.5))
+    if figure is None:
         return False
-    figure = Figure(figsize=(15, 5.5), layout="constrained")
     curves, gaps, worth = figure.subplots(1, 3, width_ratios=(4, 3, 3))
     names = [one.contender for one in summary.measured.outcomes if not one.contender.startswith(BUCKET)]
     colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(names)}
     _draw_curves(curves, summary, colours)
     _draw_gaps(gaps, summary, colours)
     _draw_worth(worth, summary)
-    for axes in (curves, gaps, worth):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.title.set_fontsize(13)
-        axes.grid(alpha=0.25)
-        axes.set_axisbelow(True)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    save_figure(figure, path, (curves, gaps, worth))
     return True
 
 
