@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ class Batch:
     """What one forward pass reads, on the host (pinned for a GPU).
 
     Attributes:
-        members: the caller's numbers of the sequences, in the order in which they lie here.
+        members: what the caller calls the sequences, in the order in which they lie here.
         sequences: those sequences.
         lengths: tokens of each.
         shape: rows and columns of the input; one row where sequences are packed.
@@ -35,7 +35,7 @@ class Batch:
         n_scored: N.
     """
 
-    members: Sequence[int]
+    members: Sequence[Any]
     sequences: Sequences
     lengths: Sequence[int]
     shape: tuple[int, int]
@@ -88,7 +88,7 @@ class Inputs(NamedTuple):
     ends: Tensor  # [S + 1]
 
 
-def make_batch(members: Sequence[int], sequences: Sequences, *, packed: bool, pinned: bool, fill_to: int = 0) -> Batch:
+def make_batch(members: Sequence[Any], sequences: Sequences, *, packed: bool, pinned: bool, fill_to: int = 0) -> Batch:
     """Lay out the sequences of one forward pass.
 
     Args:

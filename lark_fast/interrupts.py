@@ -53,6 +53,17 @@ class Interrupts:
         if waiting:
             raise KeyboardInterrupt
 
+    @contextmanager
+    def answered(self) -> Iterator[None]:
+        """Inside ``held``, where there is nothing to lose for a while: a signal counts at once."""
+        if self._waiting:
+            raise KeyboardInterrupt
+        held, self._held = self._held, False
+        try:
+            yield
+        finally:
+            self._held = held
+
     def until_asked(self, items: Iterable[T]) -> Iterator[T]:
         """The items, until a signal waits; for loops inside ``held``."""
         for item in items:

@@ -82,7 +82,7 @@ def assert_close(scores, expected, tolerance):
 def in_one_row(scorer, items, order):
     """The means of trajectories that lie in one pack in exactly this order."""
     with scorer.passes() as passes:
-        batch = passes.prepare(order, [(items[i].input_ids, items[i].labels) for i in order])
+        batch = passes.layout.prepare(order, [(items[i].input_ids, items[i].labels) for i in order])
         ((back, scored),) = passes.run([batch])
     means = dict(zip(back.members, (SimpleNamespace(**one.means) for one in scored), strict=True))
     return [means[i] for i in range(len(items))]

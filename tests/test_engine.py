@@ -214,7 +214,7 @@ COUNTS = {"records": 98, "scored": 96, "kept": 0, "rejected": 2, "truncated": 0}
 RUN = {"out", "complete", "dry_run", "first_rejects", "rows", "problems", "not_finite", *COUNTS}
 ACCOUNT = {
     *("seconds", "device_seconds", "waiting_seconds", "render_seconds", "write_seconds", "finish_seconds"),
-    *("rendered_tokens", "local_tokens"),
+    *("rendered_tokens", "local_tokens", "devices"),
     *("input_tokens", "scored_tokens", "padded_tokens", "packs", "out_of_memory", "forward_flop"),
     *("tokens_per_second", "matmul_flop_per_second", "ceiling_share", "device_busy_share"),
     *("rendered_tokens_per_second", "writing_share", "padding_share"),

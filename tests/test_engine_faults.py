@@ -37,8 +37,8 @@ def telling_launch(self, batch):
     os.write(told, b".\\n")
     {at_launch}
     return launch(self, batch)
-def telling_append(self, rows):
-    append(self, rows)
+def telling_append(self, rows, ahead):
+    append(self, rows, ahead)
     os.write(told, ("\\n" + json.dumps([[r["problem_id"], r["candidate_id"]] for r in rows]) + "\\n").encode())
 Passes._launch, ScoreStore.append = telling_launch, telling_append
 """.replace("*real", "Passes._launch, ScoreStore.append")

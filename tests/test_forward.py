@@ -120,7 +120,7 @@ def test_every_layout_can_be_scored(name, fill):
     model, made = tiny_llama(VOCABULARY), LAYOUTS[name]
     passes = Passes(Student(model), top_k=None, impl="auto", tokens_per_batch=64, one_shape=fill)
     with passes.student.packing():
-        ((_, scored),) = passes.run([passes.prepare(range(len(made)), made)])
+        ((_, scored),) = passes.run([passes.layout.prepare(range(len(made)), made)])
     double = eager(model)
     for (ids, labels), one in zip(made, scored, strict=True):
         if any(label != IGNORE_INDEX for label in labels[1:]):
@@ -144,7 +144,7 @@ def assert_padded_and_right(model, tolerance=FLOAT32):
     for tokens_per_batch in (1, 70, 10_000):
         scorer = Scorer(model, tokens_per_batch=tokens_per_batch)
         with scorer.passes() as passes:
-            assert not passes.packed
+            assert not passes.layout.packed
         assert_close(scorer.score_rendered(items), expected, tolerance)
         assert_close(scorer.score_rendered(items[::-1]), expected[::-1], tolerance)
 
@@ -205,8 +205,8 @@ def test_what_fills_a_pack_up_changes_no_score(name, tokens_per_batch):
     model, items = tiny_decoder(name, VOCABULARY), trajectories()
     passes = Passes(Student(model), top_k=None, impl="auto", tokens_per_batch=tokens_per_batch, one_shape=True)
     made = [(item.input_ids, item.labels) for item in items]
-    groups = passes.plan([len(ids) for ids, _ in made])
-    batches = [passes.prepare(group, [made[i] for i in group]) for group in groups]
+    groups = passes.layout.plan([len(ids) for ids, _ in made])
+    batches = [passes.layout.prepare(group, [made[i] for i in group]) for group in groups]
     assert {batch.shape for batch in batches} == {(1, tokens_per_batch)}
     assert len({len(batch.bounds) for batch in batches}) == 1
     means = {}
@@ -298,10 +298,10 @@ def test_what_does_not_fit_is_halved_until_it_does(name, fill, most, ready):
     made = [(item.input_ids, item.labels) for item in items]
     # One batch of all, then each again by itself, perhaps laid out before memory was found to be short.
     groups = [list(range(len(items))), *([i] for i in range(len(items)))]
-    batches = (passes.prepare(group, [made[i] for i in group]) for group in groups)
+    batches = (passes.layout.prepare(group, [made[i] for i in group]) for group in groups)
     device = TooMuch(model, most)
     counts, missing = [0] * len(items), set()
-    with student.packing() if passes.packed else torch.no_grad():
+    with student.packing() if passes.layout.packed else torch.no_grad():
         for batch, scored in passes.run(list(batches) if ready else batches):
             if scored is None:
                 assert len(batch.members) == 1
@@ -315,13 +315,13 @@ def test_what_does_not_fit_is_halved_until_it_does(name, fill, most, ready):
     assert counts == [0 if i in missing else 2 for i in range(len(items))]
     assert passes.work.halvings > 0
     assert passes.work.batches <= sum(counts)
-    assert passes.tokens_per_batch < 1000
+    assert passes.layout.tokens_per_batch < 1000
 
 
 def test_batches_come_back_in_order():
     passes = Passes(Student(tiny_llama(VOCABULARY)), top_k=None, impl="auto", tokens_per_batch=10)
     made = sequences([4, 9, 30, 5, 3], scored=1.0)
-    batches = [passes.prepare([i], [one]) for i, one in enumerate(made)]
+    batches = [passes.layout.prepare([i], [one]) for i, one in enumerate(made)]
     with passes.student.packing():
         assert [batch.members[0] for batch, _ in passes.run(batches)] == [0, 1, 2, 3, 4]
 
@@ -399,18 +399,19 @@ made = [sequence(n, n // 2, 101) for n in [500, 400, 6000, 30, 2, 900, 700, 800,
 
 def run(limit):
     passes = Passes(student, top_k=None, impl="auto", tokens_per_batch=4096)
-    groups = passes.plan([len(ids) for ids, _ in made])
+    groups = passes.layout.plan([len(ids) for ids, _ in made])
     means, missing = {}, []
     with student.packing():
-        for batch, scored in passes.run([passes.prepare([9], made[9:10])]):  # libraries come in here
+        for batch, scored in passes.run([passes.layout.prepare([9], made[9:10])]):  # libraries come in here
             pass
         resource.setrlimit(resource.RLIMIT_AS, (limit(), resource.RLIM_INFINITY))
-        for batch, scored in passes.run(passes.prepare(group, [made[i] for i in group]) for group in groups):
+        for batch, scored in passes.run(passes.layout.prepare(group, [made[i] for i in group]) for group in groups):
             if scored is None:
                 missing += batch.members
             else:
                 means |= {i: [one.means["nll"], one.means["brier"]] for i, one in zip(batch.members, scored)}
-    return {"means": means, "missing": missing, "halvings": passes.work.halvings, "budget": passes.tokens_per_batch}
+    budget = passes.layout.tokens_per_batch
+    return {"means": means, "missing": missing, "halvings": passes.work.halvings, "budget": budget}
 
 limited = run(lambda: int((mib("VmSize") + 560) * 2**20))
 print(json.dumps([limited, run(lambda: resource.RLIM_INFINITY)]))

@@ -236,21 +236,88 @@ def test_the_journal_of_a_window_outlives_the_part_before_it(tmp_path):
     )
 
 
-def test_two_journals_lose_nothing(tmp_path):
-    """Only somebody who moves files makes this."""
-    windows = [rows_of(w, 4) for w in range(2)]
-    with ScoreStore(tmp_path, IDENTITY) as store:
-        store.append(windows[0])
-    (tmp_path / "journal-000000").rename(tmp_path / "aside")
-    with ScoreStore(tmp_path, IDENTITY) as store:
-        store.append(windows[1])
-    (tmp_path / "journal-000000").rename(tmp_path / "journal-000003")
-    (tmp_path / "aside").rename(tmp_path / "journal-000000")
-    with ScoreStore(tmp_path, IDENTITY) as store:
-        assert set(dict(store.scored_keys())) == {key(r) for r in windows[0]}
-        assert set(store.unfinished) == {key(r) for r in windows[1]}
-        store.finish()
-    assert len(pq.read_table(tmp_path / "part-000003.parquet")) == 4
+class TestWindowsAhead:
+    """Rows of later windows may come before those of the one in hand: passes of several windows are under way."""
+
+    def test_each_has_its_journal_and_its_part(self, tmp_path):
+        windows = [rows_of(w, 4) for w in range(3)]
+        with ScoreStore(tmp_path, IDENTITY) as store:
+            store.append(windows[2][2:], 2)
+            store.append(windows[0][:3])
+        assert sorted(path.name for path in tmp_path.glob("journal-*")) == ["journal-000000", "journal-000002"]
+        with ScoreStore(tmp_path, IDENTITY) as store:
+            assert set(store.unfinished) == {key(r) for r in windows[2][2:] + windows[0][:3]}
+            store.append(windows[1], 1)
+            store.append(windows[0][3:])
+            store.close_window([key(r) for r in windows[0]])
+            store.append(windows[2][:2], 1)
+        with ScoreStore(tmp_path, IDENTITY) as store:
+            for window in windows[1:]:
+                store.close_window([key(r) for r in window])
+            store.finish()
+        assert [pq.read_table(part)["candidate_id"].to_pylist() for part in part_files(tmp_path)] == [
+            [r["candidate_id"] for r in window] for window in windows
+        ]
+        assert not list(tmp_path.glob("journal-*"))
+
+    def test_finish_makes_parts_of_all(self, tmp_path):
+        windows = [rows_of(w, 4) for w in range(3)]
+        with ScoreStore(tmp_path, IDENTITY) as store:
+            store.append(windows[2], 2)
+            store.append(windows[0])
+        with ScoreStore(tmp_path, IDENTITY) as store:
+            assert store.finish()["counts"]["rows"] == 8
+        assert [part.name for part in part_files(tmp_path)] == ["part-000000.parquet", "part-000002.parquet"]
+        with ScoreStore(tmp_path, IDENTITY) as store:
+            write_window(store, windows[1])
+            assert store.finish()["counts"]["rows"] == 12
+        assert [part.name for part in part_files(tmp_path)][2:] == ["part-000003.parquet"]
+
+    @pytest.mark.parametrize("killed", [False, True])
+    def test_a_pool_that_is_cut_otherwise(self, tmp_path, killed):
+        """A part takes a row from where it is; the journal it comes from is there for a while, and counts no more."""
+        windows = [rows_of(w, 4) for w in range(3)]
+        first, second = windows[0] + windows[1][:2], windows[1][2:] + windows[2]
+        with ScoreStore(tmp_path, IDENTITY) as store:
+            store.append(windows[1], 1)
+            store.append(windows[0])
+        with ScoreStore(tmp_path, IDENTITY) as store:
+            store.close_window([key(r) for r in first])
+            if not killed:
+                store.append(windows[2])
+                store.close_window([key(r) for r in second])
+        if killed:
+            with ScoreStore(tmp_path, IDENTITY) as store:
+                assert set(store.unfinished) == {key(r) for r in windows[1][2:]}
+                store.append(windows[2])
+                store.close_window([key(r) for r in second])
+        made = [
+            list(zip(*(pq.read_table(part)[name].to_pylist() for name in ("problem_id", "candidate_id")), strict=True))
+            for part in part_files(tmp_path)
+        ]
+        assert made == [[key(r) for r in first], [key(r) for r in second]]
+
+    def test_a_window_of_which_nothing_is_left(self, tmp_path):
+        """Its records were too long for the memory; those behind it go on."""
+        rows = rows_of(1, 4)
+        with ScoreStore(tmp_path, IDENTITY) as store:
+            store.append(rows, 1)
+            store.close_window([])
+            store.close_window([key(r) for r in rows])
+            assert store.finish()["counts"]["rows"] == 4
+
+    def test_journals_that_somebody_has_moved(self, tmp_path):
+        windows = [rows_of(w, 4) for w in range(2)]
+        with ScoreStore(tmp_path, IDENTITY) as store:
+            store.append(windows[0])
+        (tmp_path / "journal-000000").rename(tmp_path / "aside")
+        with ScoreStore(tmp_path, IDENTITY) as store:
+            store.append(windows[1])
+        (tmp_path / "journal-000000").rename(tmp_path / "journal-000003")
+        (tmp_path / "aside").rename(tmp_path / "journal-000000")
+        with ScoreStore(tmp_path, IDENTITY) as store:
+            assert set(store.unfinished) == {key(r) for window in windows for r in window}
+            assert store.finish()["counts"]["rows"] == 8
 
 
 def test_a_stranger_s_journal_is_left_alone(tmp_path):

@@ -19,7 +19,7 @@ from lark_fast.pool.records import normalise
 from lark_fast.rendering.renderer import Renderer, RenderOptions
 from lark_fast.scoring.forward import Passes
 from lark_fast.scoring.journal import Journal
-from lark_fast.scoring.local import LocalPasses, local_pieces, step_starts
+from lark_fast.scoring.local import LocalPasses, _Place, local_pieces, step_starts
 from lark_fast.scoring.parts import part_files, schema_of
 from lark_fast.scoring.store import ScoreStore, read_manifest
 from lark_fast.student import Student
@@ -247,10 +247,10 @@ class TestShortOfMemory:
 
     @staticmethod
     def results(passes, sequences, starts):
-        groups = passes.plan([len(ids) for ids, _ in sequences])
-        batches = [passes.prepare(group, [sequences[i] for i in group]) for group in groups]
+        groups = passes.layout.plan([len(ids) for ids, _ in sequences])
+        batches = [passes.layout.prepare(group, [sequences[i] for i in group]) for group in groups]
         with passes.student.packing():
-            for batch, scored in LocalPasses(passes, 1, starts).run(batches):
+            for batch, scored in LocalPasses(passes, 1, starts.__getitem__).run(batches):
                 yield from zip(batch.members, scored or [None] * len(batch.members), strict=True)
 
     def test_packs_are_halved(self, made, monkeypatch):
@@ -277,7 +277,7 @@ class TestShortOfMemory:
 
         def short(self, batch):
             for member, (ids, _) in zip(batch.members, batch.sequences, strict=True):
-                if member < 0 and list(ids[-len(unlucky) :]) == unlucky and len(ids) == piece.n_tokens:
+                if isinstance(member, _Place) and list(ids[-len(unlucky) :]) == unlucky and len(ids) == piece.n_tokens:
                     raise torch.OutOfMemoryError
             return launch(self, batch)
 

@@ -47,6 +47,10 @@ def score(
     max_length: MaxLengthOption = 32768,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    devices: Annotated[
+        str | None,
+        typer.Option(help="One process a GPU: all, how many, or which (0,2). With --device cpu, how many processes."),
+    ] = None,
     span: SpanOption = Span.turn,
     render: RenderOption = Render.template,
     system: SystemOption = System.keep,
@@ -81,6 +85,7 @@ def score(
         top_k=top_k,
         dtype=dtype,
         device=device,
+        devices=devices,
         options=render_options(span, render, system, last_turn_only, long, max_length),
         chat_template=read_template(chat_template),
         tokens_per_batch=number_or_auto(tokens_per_batch, "--tokens-per-batch", at_least=1),

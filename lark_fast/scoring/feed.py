@@ -91,11 +91,11 @@ def changed_text(source: str, line: int) -> UserError:
     )
 
 
-def default_workers(device_type: str) -> int:
+def default_workers(device_type: str, devices: int = 1) -> int:
     """How many workers to use when nobody says: none beside a CPU's forward pass, which needs every core itself."""
     if device_type == "cpu":
         return 0
-    return max(1, min(_MOST_WORKERS, _usable_cores() - 2))
+    return max(1, min(_MOST_WORKERS * devices, _usable_cores() - 1 - devices))
 
 
 def _usable_cores() -> int:

@@ -3,27 +3,35 @@
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lark_fast.batch import Batch, Sequences, make_batch
+from lark_fast.batch import Batch
 from lark_fast.kernels.token_stats import TokenStats, token_stats
 from lark_fast.kernels.trajectory_reduce import TrajectoryReduction, trajectory_reduce
-from lark_fast.packing import length_batches, packs
+from lark_fast.scoring.layout import Layout
 from lark_fast.student import Student
 
+Until = Callable[[Iterable[Batch | None]], Iterator[Batch | None]]
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
 
 
 class Scored(NamedTuple):
-    """One trajectory: its tokens' statistics, on the CPU, and their means by the names of ``TrajectoryStats``."""
+    """One trajectory."""
 
-    tokens: TokenStats
-    means: dict[str, float | None]
+    means: dict[str, float | None]  # over its scored tokens, by the names of ``TrajectoryStats``
+    n_tokens: int  # scored
+    tokens: TokenStats | None  # their statistics, on the CPU; None where another process has scored and nobody asked
+
+
+class Failed(NamedTuple):
+    """A sequence that cannot be scored, in place of its statistics."""
+
+    reason: str
 
 
 @dataclass(slots=True)
@@ -35,6 +43,9 @@ class Work:
     padded_tokens: int = 0
     halvings: int = 0  # times that memory was short
 
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
 
 class Passes:
     """Runs batches through a student, the next one on its way before the last one's numbers are back.
@@ -45,58 +56,58 @@ class Passes:
         impl: as in ``token_stats``.
         tokens_per_batch: the most tokens of a pass; halved when the device's memory does not suffice.
         one_shape: fill packs up, so that compiled layers see one shape.
+
+    Attributes:
+        layout: how batches are put together.
+        work: what has been done.
     """
 
     def __init__(
         self, student: Student, *, top_k: int | None, impl: str, tokens_per_batch: int, one_shape: bool = False
     ) -> None:
-        self.student, self.top_k, self.impl, self.tokens_per_batch = student, top_k, impl, tokens_per_batch
-        self.one_shape = one_shape
-        self.packed = student.unpackable is None
+        self.student, self.top_k, self.impl = student, top_k, impl
+        on_gpu = student.device.type == "cuda"
+        self.layout = Layout(
+            packed=student.unpackable is None,
+            border=student.length_regime,
+            tokens_per_batch=tokens_per_batch,
+            pinned=on_gpu,
+            one_shape=one_shape,
+        )
+        self.ahead = 1 if on_gpu else 0  # passes that are on their way when the next one is
         self.work = Work()
 
-    def plan(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Which sequences share a pass, as indices."""
-        border = self.student.length_regime
-        if self.packed:
-            return list(packs(lengths, self.tokens_per_batch, border))
-        return list(length_batches(lengths, self.tokens_per_batch, border))
-
-    def prepare(self, members: Sequence[int], sequences: Sequences) -> Batch:
-        """Lay out a batch where the device can fetch it."""
-        return make_batch(
-            members,
-            sequences,
-            packed=self.packed,
-            pinned=self.student.device.type == "cuda",
-            fill_to=self.tokens_per_batch if self.one_shape else 0,
-        )
-
     @torch.no_grad()
-    def run(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, list[Scored] | None]]:
+    def run(self, batches: Iterable[Batch | None], until: Until = iter) -> Iterator[tuple[Batch, list[Scored] | None]]:
         """The statistics of each batch's sequences, in order of the batches.
 
         A batch that the device's memory cannot hold comes back in several; a single sequence that it cannot hold, with
         None in place of statistics.
+
+        Args:
+            batches: to run; None says that the next one is not at hand yet, and what is under way need not wait for it.
+            until: may end them early, see ``Interrupts.until_asked``; passes under way come to their end.
         """
-        ahead = 1 if self.student.device.type == "cuda" else 0
-        under_way: deque[_Pending] = deque()
-        for batch in batches:
+        layout, under_way = self.layout, deque[_Pending]()
+        for batch in until(batches):
+            if batch is None:
+                yield from self._finished(under_way, 0)
+                continue
             pieces = deque([batch])
             while pieces:
                 piece = pieces.popleft()
                 divisible = piece.size > max([1, *piece.lengths])
-                if piece.size > self.tokens_per_batch and divisible:
-                    pieces.extendleft(reversed(self._split(piece)))
+                if piece.size > layout.tokens_per_batch and divisible:
+                    pieces.extendleft(reversed(layout.split(piece)))
                     continue
                 pending = self._start(piece)
                 if pending is not None:
                     under_way.append(pending)
                 elif divisible:
-                    self.tokens_per_batch = max(1, piece.size // 2)
+                    layout.tokens_per_batch = max(1, piece.size // 2)
                     self.work.halvings += 1
                     pieces.appendleft(piece)
-                yield from self._finished(under_way, 0 if pending is None else ahead)
+                yield from self._finished(under_way, 0 if pending is None else self.ahead)
                 if pending is None and not divisible:
                     yield piece, None
         yield from self._finished(under_way, 0)
@@ -109,12 +120,6 @@ class Passes:
             self.work.padded_tokens += pending.batch.n_padded
             self.work.batches += 1
             yield pending.batch, scored
-
-    def _split(self, batch: Batch) -> list[Batch]:
-        return [
-            self.prepare([batch.members[i] for i in group], [batch.sequences[i] for i in group])
-            for group in self.plan(batch.lengths)
-        ]
 
     def _start(self, batch: Batch) -> "_Pending | None":
         """Send a batch on its way; None where the device's memory does not suffice, even once it has been tidied."""
@@ -203,8 +208,9 @@ class _Pending:
         numbers = {name: None if column is None else column.tolist() for name, column in self._columns.items()}
         return [
             Scored(
-                self._stats.map(lambda values, a=start, b=end: values[a:b]),
                 {name: None if column is None else column[row] for name, column in numbers.items()},
+                end - start,
+                self._stats.map(lambda values, a=start, b=end: values[a:b]),
             )
             for row, (start, end) in enumerate(itertools.pairwise(self._ends.tolist()))
         ]

@@ -22,7 +22,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -32,7 +32,7 @@ from lark_fast.pool.records import NOT_SCORED
 if TYPE_CHECKING:
     from lark_fast.batch import Batch
     from lark_fast.rendering.renderer import Rendered, Renderer
-    from lark_fast.scoring.forward import Passes, Scored
+    from lark_fast.scoring.forward import Passes, Scored, Until
 
 BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
 
@@ -140,15 +140,19 @@ def local_means(
     }
 
 
+class _Place(int):
+    """A piece's place among those of its group: what its passes call it."""
+
+
 @dataclass(slots=True, eq=False)
 class _Group:
     """A batch of trajectories whose results are held back until those of all their pieces are there."""
 
-    pieces: list[tuple[int, Piece]]  # each with its trajectory
+    pieces: list[tuple[Any, Piece]]  # each with the member it is of
     left: int  # trajectories and pieces that are still to come
     passes: list[tuple["Batch", "list[Scored] | None"]] = field(default_factory=list)  # of the trajectories
     nll: dict[int, NDArray[np.float32]] = field(default_factory=dict)  # of pieces, by their place
-    lost: set[int] = field(default_factory=set)  # trajectories with a piece that the memory could not hold
+    lost: set[Any] = field(default_factory=set)  # members with a piece that the memory could not hold
 
 
 class LocalPasses:
@@ -160,70 +164,73 @@ class LocalPasses:
     Args:
         passes: the student, ready.
         k: preceding steps that are context.
-        starts: ``step_starts`` of each trajectory; the batches' members are its indices.
+        starts: ``step_starts`` of a member of the batches.
         on_pass: hears of each pass over pieces: their lengths, and how many tokens had a number.
+
+    Attributes:
+        layout, ahead, work: see ``Passes``.
     """
 
     def __init__(
         self,
         passes: "Passes",
         k: int,
-        starts: Sequence[NDArray[np.int32]],
+        starts: Callable[[Any], NDArray[np.int32]],
         on_pass: Callable[[Sequence[int], int], None] | None = None,
     ) -> None:
         self.passes, self.k, self.starts, self.on_pass = passes, k, starts, on_pass
+        self.layout, self.ahead, self.work = passes.layout, passes.ahead, passes.work
         self._groups: deque[_Group] = deque()
 
     def run(
-        self,
-        batches: Iterable["Batch"],
-        until: Callable[[Iterator["Batch"]], Iterator["Batch"]] = iter,
+        self, batches: Iterable["Batch | None"], until: "Until" = iter
     ) -> Iterator[tuple["Batch", "list[Scored] | None"]]:
         """As ``Passes.run``, with ``local_nll`` and ``local_step_nll`` among the means.
 
         Args:
-            batches: of trajectories.
-            until: may end the passes early, see ``Interrupts.until_asked``. A batch whose pieces are not all done then
-                does not come back.
+            batches: of trajectories, or None, as in ``Passes.run``.
+            until: as there. A batch whose pieces are not all done then does not come back.
         """
         self._groups.clear()
-        for batch, scored in self.passes.run(until(self._with_pieces(batches))):
+        for batch, scored in self.passes.run(self._with_pieces(batches), until):
             group = self._groups[0]
             group.left -= len(batch.members)
-            if batch.members[0] >= 0:
-                group.passes.append((batch, scored))
-            else:
+            if isinstance(batch.members[0], _Place):
                 self._take(group, batch, scored)
+            else:
+                group.passes.append((batch, scored))
             if not group.left:
                 self._groups.popleft()
                 yield from self._completed(group)
 
-    def _with_pieces(self, batches: Iterable["Batch"]) -> Iterator["Batch"]:
+    def _with_pieces(self, batches: Iterable["Batch | None"]) -> Iterator["Batch | None"]:
         for batch in batches:
+            if batch is None:
+                yield None
+                continue
             sequences = dict(zip(batch.members, batch.sequences, strict=True))
             pieces = [
                 (member, piece)
                 for member, (_, labels) in sequences.items()
-                for piece in local_pieces(labels, self.starts[member], self.k)
+                for piece in local_pieces(labels, self.starts(member), self.k)
             ]
             self._groups.append(_Group(pieces, len(batch.members) + len(pieces)))
             yield batch
             # Laid out one pass at a time: together they may be a hundred times as long as their trajectories.
-            for places in self.passes.plan([piece.n_tokens for _, piece in pieces]):
+            for places in self.layout.plan([piece.n_tokens for _, piece in pieces]):
                 chosen = [_sequence(pieces[place][1], sequences[pieces[place][0]][0]) for place in places]
-                yield self.passes.prepare([~place for place in places], chosen)
+                yield self.layout.prepare([_Place(place) for place in places], chosen)
 
     def _take(self, group: _Group, batch: "Batch", scored: "list[Scored] | None") -> None:
-        places = [~member for member in batch.members]
         if scored is None:
-            group.lost.update(group.pieces[place][0] for place in places)
+            group.lost.update(group.pieces[place][0] for place in batch.members)
             return
-        group.nll.update((place, one.tokens.nll.numpy()) for place, one in zip(places, scored, strict=True))
+        group.nll.update((place, one.tokens.nll.numpy()) for place, one in zip(batch.members, scored, strict=True))
         if self.on_pass is not None:
             self.on_pass(batch.lengths, batch.n_scored)
 
     def _completed(self, group: _Group) -> Iterator[tuple["Batch", "list[Scored] | None"]]:
-        parts: dict[int, list[tuple[Piece, NDArray[np.float32]]]] = {}
+        parts: dict[Any, list[tuple[Piece, NDArray[np.float32]]]] = {}
         for place, nll in group.nll.items():
             member, piece = group.pieces[place]
             parts.setdefault(member, []).append((piece, nll))
@@ -232,14 +239,14 @@ class LocalPasses:
                 yield batch, None
                 continue
             made = [
-                one._replace(means=one.means | local_means(one, labels, self.starts[member], parts.get(member, ())))
+                one._replace(means=one.means | local_means(one, labels, self.starts(member), parts.get(member, ())))
                 for member, (_, labels), one in zip(batch.members, batch.sequences, scored, strict=True)
             ]
             if group.lost.isdisjoint(batch.members):
                 yield batch, made
                 continue
             for member, sequence, one in zip(batch.members, batch.sequences, made, strict=True):
-                yield self.passes.prepare([member], [sequence]), None if member in group.lost else [one]
+                yield self.layout.prepare([member], [sequence]), None if member in group.lost else [one]
 
 
 def _sequence(piece: Piece, ids: ArrayLike) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

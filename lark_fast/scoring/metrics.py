@@ -28,8 +28,9 @@ class Account:
     forward_flop: float = 0.0  # see ``lark_fast.flop``
     packs: int = 0  # forward passes
     out_of_memory: int = 0  # times that memory ran out, and a pack was made smaller
+    devices: int = 1  # that passes run on at a time
     seconds: float = 0.0  # from the first record to the last row
-    device_seconds: float = 0.0  # of these, a forward pass was under way on the device, its own gaps included
+    device_seconds: float = 0.0  # of these, a forward pass was under way on a device, its own gaps included; their sum
     waiting_seconds: float = 0.0  # and waited for input
     rendered_tokens: int = 0  # of the trajectories rendered in this run
     render_seconds: float = 0.0  # of reading and rendering, sum over workers
@@ -47,8 +48,8 @@ class Account:
 
     @property
     def device_busy_share(self) -> float:
-        """Of the run's time, the share in which a forward pass was under way."""
-        return _over(self.device_seconds, self.seconds)
+        """Of the run's time, the share in which a forward pass was under way; the mean over devices."""
+        return _over(self.device_seconds, self.seconds * self.devices)
 
     @property
     def rendered_tokens_per_second(self) -> float:

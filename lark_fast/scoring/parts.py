@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lark_fast.errors import UserError
@@ -102,3 +103,25 @@ def scored_keys(directory: str | Path) -> Iterator[tuple[tuple[str, str], bytes]
             for batch in pq.ParquetFile(part).iter_batches(columns=names):
                 problem, candidate, content = (column.to_pylist() for column in batch.columns)
                 yield from zip(zip(problem, candidate, strict=True), content, strict=True)
+
+
+def held_keys(directory: str | Path, keys: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Those of the keys that a directory's parts have; a few, so that most rows need not be looked at.
+
+    Raises:
+        UserError: a part cannot be read.
+    """
+    if not keys:
+        return set()
+    held = set()
+    candidates = pa.array({candidate for _, candidate in keys}, pa.string())
+    for part in part_files(directory):
+        with reading(part):
+            table = pq.read_table(part, columns=["problem_id", "candidate_id"])
+            ours = pc.and_(
+                pc.is_in(table["problem_id"], pa.array({problem for problem, _ in keys}, pa.string())),
+                pc.is_in(table["candidate_id"], candidates),
+            )
+            found = table.filter(ours)
+            held |= keys.intersection(zip(*(column.to_pylist() for column in found.columns), strict=True))
+    return held

@@ -55,6 +55,17 @@ class Prefetched(Iterator[T], Generic[T]):
         finally:
             self.waited_seconds += time.perf_counter() - started
 
+    def ready(self, seconds: float) -> bool:
+        """Wait so long for the next item at most; whether it is there, or the end is, so that ``next`` does not wait.
+
+        Without a thread it is made by ``next`` itself.
+        """
+        started = time.perf_counter()
+        try:
+            return self._source.ready(seconds)
+        finally:
+            self.waited_seconds += time.perf_counter() - started
+
     def close(self) -> None:
         """Stop and close the iterator, once it has made the item it is at; there are no items after that.
 
@@ -88,6 +99,9 @@ class _Inline(Generic[T]):
         except BaseException:
             self._ended = True
             raise
+
+    def ready(self, seconds: float) -> bool:
+        return True
 
     def close(self) -> None:
         self._ended = True
@@ -139,6 +153,10 @@ class _Ahead(Generic[T]):
         if error is None or self._stopping:
             raise StopIteration
         raise error
+
+    def ready(self, seconds: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._items or self._ended or self._stopping, seconds)
 
     def stop(self) -> None:
         with self._changed:

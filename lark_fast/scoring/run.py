@@ -27,7 +27,9 @@ from lark_fast.scoring.summary import ScoreSummary
 from lark_fast.versions import versions
 
 if TYPE_CHECKING:
+    from lark_fast.scoring.facts import Facts
     from lark_fast.scoring.forward import Scored
+    from lark_fast.scoring.place import Place
     from lark_fast.scoring.scorer import Scorer
 
 
@@ -45,6 +47,7 @@ class ScoreConfig:
     chat_template: str | None = None  # the template itself
     tokens_per_batch: int | None = None
     workers: int | None = None  # processes that render; None: by the device
+    devices: str | None = None  # one process a device, see ``team.choose_devices``; None: ``device`` in this process
     compile: bool = False
     local_steps: int | None = None  # preceding steps that are context of local scores; None: none are made
     limit: int | None = None
@@ -74,17 +77,35 @@ def score_pool(config: ScoreConfig) -> ScoreSummary:
     refuse_overlap(config.out, {"--pool": pool.inputs})
     summary = ScoreSummary(out=config.out)
     refuse_taken(config.out)
-    with Interrupts() as interrupts:
-        scorer = load_scorer(config)
-        with (
-            ScoreStore(config.out, _identity(config, scorer), overwrite=config.overwrite) as store,
-            writing_to(config.out),
-        ):
-            _score(config, pool, scorer, store, summary, interrupts)
-            started = time.monotonic()
-            _finish(config, scorer, store, summary)
-            summary.account.finish_seconds = time.monotonic() - started
+    with (
+        Interrupts() as interrupts,
+        _open_place(config) as place,
+        ScoreStore(config.out, _identity(config, place), overwrite=config.overwrite) as store,
+        writing_to(config.out),
+    ):
+        _score(config, pool, place, store, summary, interrupts)
+        started = time.monotonic()
+        _finish(config, place, store, summary)
+        summary.account.finish_seconds = time.monotonic() - started
     return summary
+
+
+@contextmanager
+def _open_place(config: ScoreConfig) -> Iterator["Place"]:
+    """The student, ready: in this process, or in one a device."""
+    from lark_fast.scoring.place import Here
+
+    if config.devices is not None:
+        from lark_fast.scoring.team import Team, choose_devices
+
+        with Team(config, choose_devices(config.devices, config.device)) as team:
+            yield team
+        return
+    place = Here(load_scorer(config))
+    idle = place.idle_gpus(config.device)
+    if idle:
+        _say(f"{idle} more GPU{'s are' if idle > 1 else ' is'} idle; --devices all takes them too")
+    yield place
 
 
 def load_scorer(config: ScoreConfig) -> "Scorer":
@@ -120,15 +141,16 @@ def make_feed(
     config: ScoreConfig,
     pool: Pool,
     renderer: Renderer,
-    device: str,
+    device_type: str,
     known: KeyTable,
     rejects: "Rejects",
     resumed: bool | None = None,
+    devices: int = 1,
 ) -> Feed:
     """The pool's trajectories that are not known yet."""
     workers = config.workers
     if workers is None:  # a tokenizer that came with code of its own cannot be sent to other processes
-        workers = 0 if config.trust_remote_code else default_workers(device)
+        workers = 0 if config.trust_remote_code else default_workers(device_type, devices)
     return Feed(
         pool,
         renderer,
@@ -165,47 +187,42 @@ class Rejects:
 def _score(
     config: ScoreConfig,
     pool: Pool,
-    scorer: "Scorer",
+    place: "Place",
     store: ScoreStore,
     summary: ScoreSummary,
     interrupts: Interrupts,
 ) -> None:
-    from lark_fast.flop import ForwardCost, matmul_ceiling
     from lark_fast.scoring.engine import Engine, cut_windows
 
-    student, known = scorer.student, KeyTable()
+    facts, known = place.facts, KeyTable()
     for key, content in store.scored_keys():
         known.add(key, content, met=False)
-    summary.ceiling = matmul_ceiling(student.device, student.dtype)
+    summary.ceiling, summary.account.devices = place.devices * facts.ceiling, place.devices
+    if facts.unpackable is not None:
+        _say(f"{facts.unpackable}: trajectories are scored in padded batches")
     with (
         _reject_log(store.directory / "rejected.jsonl") as log,
-        scorer.passes() as passes,
         track("scoring", pool.total_bytes) as progress,
     ):
-        if not passes.packed:
-            _say(f"{student.unpackable}: trajectories are scored in padded batches")
         rejects = Rejects(config, summary, log)
+        resumed = bool(known or store.unfinished)
         feed = make_feed(
-            config, pool, scorer.renderer, student.device.type, known, rejects, bool(known or store.unfinished)
+            config, pool, place.renderer, facts.device_type, known, rejects, resumed, devices=place.devices
         )
-        watch = _Watch(config, scorer.options, summary, feed, progress, MetricsLog(store.directory / "metrics.jsonl"))
-
-        def reject(item: Trajectory) -> None:
-            rejects(item.source, item.line, f"{len(item.input_ids)} tokens do not fit into the device's memory")
-
+        watch = _Watch(config, place.options, summary, feed, progress, MetricsLog(store.directory / "metrics.jsonl"))
         engine = Engine(
-            passes,
-            ForwardCost.of(student.model),
+            facts.cost,
             store,
             summary.account,
             row=lambda item, scored: _row(item, scored, config.per_token),
-            reject=reject,
+            reject=lambda item, reason: rejects(item.source, item.line, reason),
             progress=watch,
-            local_steps=config.local_steps,
         )
-        stream = _say_what_rounding_costs(config, scorer, feed) if _chose_bfloat16(config, store, scorer) else feed
+        stream = _say_what_rounding_costs(config, place, feed) if _chose_bfloat16(config, store, facts) else feed
         try:
-            engine.run(cut_windows(stream, passes, store.unfinished, scorer.tokens_per_window), interrupts)
+            with place.runner(config.local_steps, engine.on_piece) as runner:
+                cut = cut_windows(stream, runner.layout, store.unfinished, facts.tokens_per_window)
+                engine.run(cut, runner, interrupts)
         except BaseException:
             with suppress(OSError):  # what ended the run is what is to be told
                 watch.close()
@@ -213,20 +230,19 @@ def _score(
         watch.close()
 
 
-def _chose_bfloat16(config: ScoreConfig, store: ScoreStore, scorer: "Scorer") -> bool:
+def _chose_bfloat16(config: ScoreConfig, store: ScoreStore, facts: "Facts") -> bool:
     """Whether this run has decided on bfloat16 by itself, for a student that may be of another precision."""
     begun = bool(store.parts() or store.unfinished)
-    student = scorer.student
-    return config.dtype == "auto" and not begun and student.device.type == "cpu" and student.dtype.itemsize < 4
+    return config.dtype == "auto" and not begun and facts.device_type == "cpu" and facts.dtype == "bfloat16"
 
 
-def _say_what_rounding_costs(config: ScoreConfig, scorer: "Scorer", feed: Feed) -> Iterator[Trajectory]:
+def _say_what_rounding_costs(config: ScoreConfig, place: "Place", feed: Feed) -> Iterator[Trajectory]:
     """The feed, once its first trajectories have been scored in both precisions."""
-    from lark_fast.scoring.precision import SAMPLE, rounding_cost
+    from lark_fast.scoring.precision import SAMPLE
 
     stream = iter(feed)
     first = list(itertools.islice(stream, SAMPLE))
-    cost = rounding_cost(scorer, config.student, first, config.trust_remote_code)
+    cost = place.rounding_cost(config, first)
     measured = f": it moves {cost}" if cost else " (what it costs was not measured: no room for the student in float32)"
     _say(f"scoring in bfloat16, which this processor has{measured}; --dtype float32 does without")
     yield from first
@@ -283,7 +299,7 @@ def _say(text: str) -> None:
     print(f"lark-fast: {text}", file=sys.stderr)
 
 
-def _identity(config: ScoreConfig, scorer: "Scorer") -> dict[str, Any]:
+def _identity(config: ScoreConfig, place: "Place") -> dict[str, Any]:
     """Everything that decides the numbers."""
     from lark_fast.student import fingerprint
 
@@ -291,12 +307,12 @@ def _identity(config: ScoreConfig, scorer: "Scorer") -> dict[str, Any]:
     return {
         "student": prints["weights"],
         "tokenizer": prints["tokenizer"],
-        "template": scorer.renderer.template_hash,
-        "dtype": str(scorer.student.dtype).removeprefix("torch."),
+        "template": place.renderer.template_hash,
+        "dtype": place.facts.dtype,
         "top_k": config.top_k,
         "per_token": config.per_token,
         "local_steps": config.local_steps,
-        **asdict(scorer.options),
+        **asdict(place.options),
     }
 
 
@@ -306,7 +322,7 @@ def _row(item: Trajectory, scored: "Scored", per_token: bool) -> dict[str, Any]:
         "candidate_id": item.key[1],
         "teacher": item.teacher,
         "source": item.source,
-        "n_tokens": len(scored.tokens.nll),
+        "n_tokens": scored.n_tokens,
         "n_input_tokens": len(item.input_ids),
         "truncated": item.truncated,
         **scored.means,
@@ -322,8 +338,7 @@ def _row(item: Trajectory, scored: "Scored", per_token: bool) -> dict[str, Any]:
     return row
 
 
-def _finish(config: ScoreConfig, scorer: "Scorer", store: ScoreStore, summary: ScoreSummary) -> None:
-
+def _finish(config: ScoreConfig, place: "Place", store: ScoreStore, summary: ScoreSummary) -> None:
     account = summary.account.as_json(summary.ceiling)
     timing = {
         name: account[name]
@@ -336,7 +351,8 @@ def _finish(config: ScoreConfig, scorer: "Scorer", store: ScoreStore, summary: S
             "limit": config.limit,
             "max_length": config.options.max_length,
             "device": config.device,
-            "tokens_per_batch": scorer.tokens_per_batch,
+            "devices": place.devices,
+            "tokens_per_batch": place.facts.tokens_per_batch,
             "compile": config.compile,
         },
         counts={"records": summary.records, "rejected": summary.rejected},

@@ -218,7 +218,7 @@ class Scorer:
                 n_input_tokens=len(item.input_ids),
                 truncated=item.truncated,
                 token_hash=digest,
-                n_tokens=len(scored[first[digest]].tokens.nll),
+                n_tokens=scored[first[digest]].n_tokens,
                 tokens=scored[first[digest]].tokens,
                 **scored[first[digest]].means,
             )
@@ -239,9 +239,12 @@ class Scorer:
         lengths = [len(ids) for ids, _ in sequences]
         done, total = 0, sum(lengths)
         with self.passes() as passes:
-            batches = (passes.prepare(group, [sequences[i] for i in group]) for group in passes.plan(lengths))
-            passed = passes.run(batches) if local is None else LocalPasses(passes, *local).run(batches)
-            for batch, scored in passed:
+            layout = passes.layout
+            batches = (layout.prepare(group, [sequences[i] for i in group]) for group in layout.plan(lengths))
+            if local is not None:
+                k, starts = local
+                passes = LocalPasses(passes, k, starts.__getitem__)
+            for batch, scored in passes.run(batches):
                 if scored is None:
                     raise torch.OutOfMemoryError(f"no memory for a sequence of {batch.n_tokens} tokens")
                 for index, one in zip(batch.members, scored, strict=True):
@@ -265,7 +268,7 @@ class Scorer:
                 one_shape=self.compile,
             )
             with ExitStack() as stack:
-                if passes.packed:
+                if passes.layout.packed:
                     stack.enter_context(student.packing())
                 if self.compile:
                     stack.enter_context(student.compiled())

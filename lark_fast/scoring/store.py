@@ -1,7 +1,8 @@
 """The scores directory: Parquet parts that appear whole, a journal of what is in hand, and a manifest.
 
     scores/part-000000.parquet ...   one row a trajectory, in the order of the pool: a part a window
-    scores/journal-000007            rows of the window that will be part 7, pack by pack; gone once the part is there
+    scores/journal-000007            rows of the window that will be part 7, pack by pack; gone once the part is there.
+                                     Several windows may be in hand, each with its journal
     scores/manifest.json             student, config, counts, timing; "complete" once every row has its g_hat
     scores/rejected.jsonl            {source, line, reason}
     scores/.lock                     held by the run that writes here
@@ -22,7 +23,7 @@ from lark_fast.files import TEMPORARY_SUFFIX, write_json, writing_to
 from lark_fast.lock import DirectoryLock
 from lark_fast.scoring.finishing import add_learnability
 from lark_fast.scoring.journal import Journal
-from lark_fast.scoring.parts import part_files, part_number, part_path, schema_of, scored_keys, write_part
+from lark_fast.scoring.parts import held_keys, part_files, part_number, part_path, schema_of, scored_keys, write_part
 
 FORMAT = 1
 LARK_JSON = "lark_ghat.json"  # of ``export``; stale once the store changes
@@ -33,8 +34,8 @@ Key = tuple[str, str]  # (problem_id, candidate_id)
 class ScoreStore:
     """One scores directory, open for writing until ``close`` or the end of a ``with`` block.
 
-    A run appends the rows of each pack as it is done and closes each window. What a stopped run had appended to a
-    window that it did not close is in ``unfinished`` when the directory is opened again.
+    A run appends the rows of each pack as it is done and closes the windows one after the other. What a stopped run had
+    appended to windows that it did not close is in ``unfinished`` when the directory is opened again.
 
     Args:
         directory: where it is; made when it does not exist.
@@ -43,8 +44,8 @@ class ScoreStore:
         overwrite: throw away what is there.
 
     Attributes:
-        unfinished: content_hash of each row that the journal held when the directory was opened. The window it belongs
-            to is cut again and closed with these rows; the dict stays as it is meanwhile.
+        unfinished: content_hash of each row that the journals held when the directory was opened. The windows they
+            belong to are cut again and closed with these rows; the dict stays as it is meanwhile.
 
     Raises:
         UserError: the directory holds scores of another student or config, or something that is not a score store;
@@ -55,9 +56,8 @@ class ScoreStore:
         self.directory, self.identity = Path(directory), identity
         self.manifest: dict[str, Any] = {"complete": False}
         self._columns = schema_of(identity)
-        self._tables: list[pa.Table] = []  # the rows of the journal
-        self._place: dict[Key, int] = {}  # where in them a row is; the last one of a key counts
-        self._written_early: set[Key] = set()  # rows of the journal that were in no window when it was closed
+        self._windows: list[_Window] = []  # in hand, at least one, in the order of the pool
+        self._written_early: set[Key] = set()  # rows of a journal that were in no window when it was closed
         self._lock = DirectoryLock(self.directory)
         with writing_to(directory):
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -69,8 +69,7 @@ class ScoreStore:
             except BaseException:
                 self._lock.release()
                 raise
-        contents = ((_keys(table), table["content_hash"].to_pylist()) for table in self._tables)
-        self.unfinished = {key: content for rows in contents for key, content in zip(*rows, strict=True)}
+        self.unfinished = {key: content for window in self._windows for key, content in window.contents()}
 
     def __enter__(self) -> "ScoreStore":
         return self
@@ -80,7 +79,8 @@ class ScoreStore:
 
     def close(self) -> None:
         """Let another run have the directory. What was appended stays in the journal."""
-        self._journal.close()
+        for window in self._windows:
+            window.journal.close()
         self._lock.release()
 
     @property
@@ -96,11 +96,12 @@ class ScoreStore:
         """((problem_id, candidate_id), content_hash) of every row of the finished parts."""
         return scored_keys(self.directory)
 
-    def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Add rows, in any order, to the window in hand; after this returns they survive anything.
+    def append(self, rows: Sequence[dict[str, Any]], ahead: int = 0) -> None:
+        """Add rows, in any order, to a window in hand; after this returns they survive anything.
 
         Args:
             rows: a dict a row; columns of tokens may be arrays. A row that is there already is replaced.
+            ahead: which window: 0 is the one that will be closed first.
 
         Raises:
             OSError: the disk is full or cannot be written to; what was appended before is kept.
@@ -113,37 +114,37 @@ class ScoreStore:
         if twice:
             raise ValueError(f"{twice.pop()} is in a part already: rows of `unfinished` are not scored again")
         self._not_complete()
-        self._journal.append(_to_bytes(table))
-        self._take_in(table)
+        while len(self._windows) <= ahead:
+            self._windows.append(_Window(self.directory, self._windows[-1].number + 1))
+        self._windows[ahead].append(table)
 
     def close_window(self, keys: Sequence[Key]) -> None:
-        """Make the rows of the window in hand a part and drop the journal; no rows, no part.
+        """Make the rows of the first window in hand a part and drop its journal; no rows, no part.
 
         Args:
-            keys: of all rows of the window, in the order of the pool. What the journal holds besides, of a pool that
-                has changed or is cut otherwise since, goes to the end of the part; a later window may name it still.
+            keys: of all rows of the window, in the order of the pool, in whatever journal they are. What its own
+                journal holds besides, of a pool that has changed or is cut otherwise since, goes to the end of the
+                part; a later window may name it still.
 
         Raises:
             OSError: the disk is full or cannot be written to; the journal is kept.
             ValueError: a row was never appended.
         """
-        if not keys:
+        if not keys and len(self._windows) == 1:
             return
-        places = []
         for key in dict.fromkeys(keys):
-            if key in self._place:
-                places.append(self._place[key])
-            elif key not in self._written_early:
+            if key not in self._written_early and not any(key in window.place for window in self._windows):
                 raise ValueError(f"{key} was never appended to its window")
-        self._write_part(places)
+        self._write_part(keys)
 
     def finish(self, **facts: Any) -> dict[str, Any]:
         """Add rho and g_hat to every row, then call the store complete; returns the manifest.
 
-        Rows of a window that was never closed become a part first.
+        Rows of windows that were never closed become parts first.
         """
-        self._write_part([])
-        self._journal.remove()
+        while len(self._windows) > 1 or self._windows[0].place:
+            self._write_part([])
+        self._windows[0].journal.remove()
         counts = facts.pop("counts", {}) | add_learnability(self.directory, self.identity)
         return self.write_manifest(complete=True, counts=counts, **facts)
 
@@ -170,43 +171,50 @@ class ScoreStore:
                 leftover.unlink()
         if not self.parts():
             self.write_manifest(complete=False)
-        self._take_up_journal()
+        self._take_up_journals()
 
-    def _take_up_journal(self) -> None:
-        numbers = {part_number(part) for part in self.parts()}
-        self._start_window(max(numbers, default=-1) + 1)
-        for journal in self._journals():
-            number = int(journal.name.removeprefix("journal-"))
-            if number in numbers:
-                journal.unlink()  # its run was stopped between the part and this
-                continue
-            self._write_part([])  # of another journal: only a hand that moves files leaves two
-            self._start_window(number)
-            for frame in self._journal.frames:
-                self._take_in(pa.ipc.open_stream(frame).read_all())
+    def _take_up_journals(self) -> None:
+        """The windows that a stopped run had in hand; of some of them no row may have been there yet."""
+        written = {part_number(part) for part in self.parts()}
+        following = max(written, default=-1) + 1
+        numbers = {int(journal.name.removeprefix("journal-")) for journal in self._journals()}
+        for number in numbers & written:  # its run was stopped between the part and the removal
+            _journal_path(self.directory, number).unlink()
+        left = numbers - written
+        first, last = (min(following, *left), max(following, *left)) if left else (following, following)
+        in_hand = [number for number in range(first, last + 1) if number not in written]
+        self._windows = [_Window(self.directory, number) for number in in_hand]
+        # A part may have taken rows out of a later window's journal.
+        for key in held_keys(self.directory, {key for window in self._windows for key in window.place}):
+            for window in self._windows:
+                window.place.pop(key, None)
 
-    def _start_window(self, number: int) -> None:
-        self._number, self._journal = number, Journal(self.directory / f"journal-{number:06d}")
-        self._tables, self._place, self._rows = [], {}, 0
-
-    def _take_in(self, table: pa.Table) -> None:
-        self._place.update(zip(_keys(table), range(self._rows, self._rows + len(table)), strict=True))
-        self._tables.append(table)
-        self._rows += len(table)
-
-    def _write_part(self, places: list[int]) -> None:
-        """Write the journal's rows, those at ``places`` first, as the part it belongs to; begin the next."""
-        if not self._place:
+    def _write_part(self, keys: Sequence[Key]) -> None:
+        """Write the rows of the keys and what else the first window has as its part; go on to the next window."""
+        window = self._windows[0]
+        tables, place, start = [], {}, 0
+        for other in self._windows:
+            own = {key: start + other.place[key] for key in keys if key in other.place}
+            if own or other is window:
+                tables += other.tables
+                start += other.rows
+            place = own | place
+        named = [place[key] for key in dict.fromkeys(keys) if key in place]
+        others = {key: row for key, row in window.place.items() if key not in place}
+        if named or others:
+            self._not_complete()
+            rows = pa.concat_tables(tables).combine_chunks().take([*named, *others.values()])
+            write_part(part_path(self.directory, window.number), rows)
+            self._written_early.update(others)
+            for other in self._windows[1:]:
+                for key in place:
+                    other.place.pop(key, None)
+        elif len(self._windows) == 1:
             return
-        named = set(places)
-        others = {key: place for key, place in self._place.items() if place not in named}
-        self._not_complete()
-        rows = pa.concat_tables(self._tables).combine_chunks().take([*places, *others.values()])
-        write_part(part_path(self.directory, self._number), rows)
-        self._written_early.update(others)
-        written = self._journal
-        self._start_window(self._number + 1)
-        written.remove()
+        self._windows.pop(0)
+        if not self._windows:
+            self._windows.append(_Window(self.directory, window.number + 1))
+        window.journal.remove()
 
     def _not_complete(self) -> None:
         """Before a row comes in: what was made of all rows no longer holds."""
@@ -242,6 +250,38 @@ class ScoreStore:
             file.unlink(missing_ok=True)
 
 
+class _Window:
+    """A window in hand: what its journal holds.
+
+    Attributes:
+        tables: the rows of the journal.
+        place: where in them a row is; the last one of a key counts.
+    """
+
+    def __init__(self, directory: Path, number: int) -> None:
+        self.number, self.journal = number, Journal(_journal_path(directory, number))
+        self.tables: list[pa.Table] = []
+        self.place: dict[Key, int] = {}
+        self.rows = 0
+        for frame in self.journal.frames:
+            self._take_in(pa.ipc.open_stream(frame).read_all())
+
+    def append(self, table: pa.Table) -> None:
+        """Add rows, on the disk too."""
+        self.journal.append(_to_bytes(table))
+        self._take_in(table)
+
+    def contents(self) -> Iterator[tuple[Key, bytes]]:
+        """Each row's key and content_hash."""
+        hashes = [value for table in self.tables for value in table["content_hash"].to_pylist()]
+        return ((key, hashes[row]) for key, row in self.place.items())
+
+    def _take_in(self, table: pa.Table) -> None:
+        self.place.update(zip(_keys(table), range(self.rows, self.rows + len(table)), strict=True))
+        self.tables.append(table)
+        self.rows += len(table)
+
+
 def read_manifest(directory: str | Path) -> dict[str, Any]:
     """The manifest of a scores directory.
 
@@ -260,6 +300,10 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         found = f", but of format {manifest['format']!r}: use the version that wrote it" if ours else ""
         raise UserError(f"{path}: not a manifest of this version of lark-fast (format {FORMAT}){found}")
     return manifest
+
+
+def _journal_path(directory: Path, number: int) -> Path:
+    return directory / f"journal-{number:06d}"
 
 
 def _keys(table: pa.Table) -> list[Key]:

@@ -105,7 +105,7 @@ class ScoreSummary:
         rows = [
             ("forward passes", share, f"{share:.0%} of the matmul ceiling, {with_prefix(self.ceiling, 'FLOP/s')}"),
             (
-                "device",
+                "device" if account.devices == 1 else f"{account.devices} devices",
                 account.device_busy_share if account.device_seconds else math.nan,
                 f"{account.device_busy_share:.0%} busy, waited {account.waiting_seconds:.1f} s for input",
             ),

@@ -1,0 +1,64 @@
+"""What a run has to know of a student, wherever the student is."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lark_fast.flop import ForwardCost, matmul_ceiling
+from lark_fast.scoring.layout import Layout
+
+if TYPE_CHECKING:
+    from lark_fast.scoring.scorer import Scorer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """A student that is ready to score, and its device; small, and the same for every process that has loaded it.
+
+    Attributes:
+        device_type: "cpu" or "cuda".
+        dtype: of its parameters, without "torch.".
+        unpackable, length_regime, max_positions, vocab_size: see ``Student``.
+        tokens_per_batch, tokens_per_window: see ``Scorer``.
+        one_shape: see ``Layout``.
+        cost: its FLOP.
+        ceiling: FLOP/s of the device's best matrix product.
+    """
+
+    device_type: str
+    dtype: str
+    unpackable: str | None
+    length_regime: int | None
+    max_positions: int | None
+    vocab_size: int
+    tokens_per_batch: int
+    tokens_per_window: int
+    one_shape: bool
+    cost: ForwardCost
+    ceiling: float
+
+    @classmethod
+    def of(cls, scorer: "Scorer") -> "Facts":
+        """What there is to know; the device has to be idle."""
+        student = scorer.student
+        return cls(
+            device_type=student.device.type,
+            dtype=str(student.dtype).removeprefix("torch."),
+            unpackable=student.unpackable,
+            length_regime=student.length_regime,
+            max_positions=student.max_positions,
+            vocab_size=student.vocab_size,
+            tokens_per_batch=scorer.tokens_per_batch,
+            tokens_per_window=scorer.tokens_per_window,
+            one_shape=scorer.compile,
+            cost=ForwardCost.of(student.model),
+            ceiling=matmul_ceiling(student.device, student.dtype),
+        )
+
+    def layout(self) -> Layout:
+        """How its passes are put together, on the host."""
+        return Layout(
+            packed=self.unpackable is None,
+            border=self.length_regime,
+            tokens_per_batch=self.tokens_per_batch,
+            one_shape=self.one_shape,
+        )

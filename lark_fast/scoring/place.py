@@ -1,0 +1,74 @@
+"""Where the student is: in this process, or in one process a device (``team.py``)."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from lark_fast.rendering.renderer import Renderer, RenderOptions
+from lark_fast.scoring.facts import Facts
+from lark_fast.scoring.feed import Trajectory
+from lark_fast.scoring.local import LocalPasses
+from lark_fast.scoring.precision import RoundingCost, rounding_cost
+
+if TYPE_CHECKING:
+    from lark_fast.scoring.engine import Runner
+    from lark_fast.scoring.run import ScoreConfig
+    from lark_fast.scoring.scorer import Scorer
+
+OnPiece = Callable[[Sequence[int], int], None]
+
+
+class Place(Protocol):
+    """A student that is ready, with what goes with it.
+
+    Attributes:
+        facts: what there is to know of it.
+        devices: how many there are of it, each on a device of its own.
+        renderer: makes token ids for it.
+        options: how it renders, within the student's positions.
+    """
+
+    facts: Facts
+    devices: int
+    renderer: Renderer
+    options: RenderOptions
+
+    def runner(self, local_steps: int | None, on_piece: OnPiece) -> AbstractContextManager["Runner"]:
+        """Forward passes.
+
+        Args:
+            local_steps: also give local scores with so many preceding steps, see ``local``.
+            on_piece: hears of the passes that this takes.
+        """
+
+    def rounding_cost(self, config: "ScoreConfig", items: Sequence[Trajectory]) -> "RoundingCost | None":
+        """What the student's precision costs on a sample, or None where it is not measured; see ``precision``."""
+
+
+class Here:
+    """The student in this process."""
+
+    devices = 1
+
+    def __init__(self, scorer: "Scorer") -> None:
+        self.scorer, self.facts = scorer, Facts.of(scorer)
+        self.renderer, self.options = scorer.renderer, scorer.options
+
+    def idle_gpus(self, device: str) -> int:
+        """How many GPUs there are beside the one that nobody has chosen by name."""
+        return torch.cuda.device_count() - 1 if self.facts.device_type == "cuda" and ":" not in device else 0
+
+    def rounding_cost(self, config: "ScoreConfig", items: Sequence[Trajectory]) -> "RoundingCost | None":
+        """See ``Place``."""
+        return rounding_cost(self.scorer, config.student, items, config.trust_remote_code)
+
+    @contextmanager
+    def runner(self, local_steps: int | None, on_piece: OnPiece) -> Iterator["Runner"]:
+        """See ``Place``."""
+        with self.scorer.passes() as passes:
+            if local_steps is None:
+                yield passes
+            else:
+                yield LocalPasses(passes, local_steps, lambda unit: unit.step_starts, on_piece)

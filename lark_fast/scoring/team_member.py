@@ -1,0 +1,155 @@
+"""A member of a ``Team``: a process that loads the student onto its device, and scores what it is given."""
+
+import pickle
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lark_fast.batch import Batch, Sequences
+from lark_fast.errors import UserError
+from lark_fast.kernels.token_stats import TokenStats
+from lark_fast.processes import Line
+from lark_fast.scoring.facts import Facts
+from lark_fast.scoring.forward import Passes, Scored, Work
+from lark_fast.scoring.local import LocalPasses
+from lark_fast.scoring.run import ScoreConfig, load_scorer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a member is told first: the run, its device, how many members there are."""
+
+    config: ScoreConfig
+    device: str
+    members: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pulled:
+    """A pass that it is given."""
+
+    number: int
+    sequences: Sequences
+    step_starts: Sequence[NDArray[np.int32]] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """It has loaded the student."""
+
+    facts: Facts
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """It cannot load the student."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """It cannot go on."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PieceDone:
+    """A pass over pieces of trajectories is done, see ``LocalPasses``."""
+
+    lengths: Sequence[int]
+    n_scored: int
+    work: Work
+
+
+class SentScore(NamedTuple):
+    """A ``Scored`` on its way, with arrays: a tensor would take what it is a slice of along."""
+
+    means: dict[str, float | None]
+    n_tokens: int
+    tokens: TokenStats | None
+
+    @classmethod
+    def of(cls, scored: Scored, with_tokens: bool) -> "SentScore":
+        """Without its tokens' statistics where nobody asks for them."""
+        tokens = scored.tokens.map(lambda values: values.numpy()) if with_tokens else None
+        return cls(scored.means, scored.n_tokens, tokens)
+
+    def unpacked(self) -> Scored:
+        """As it was."""
+        return Scored(self.means, self.n_tokens, self.tokens and self.tokens.map(torch.from_numpy))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """A pass, or part of one, is done."""
+
+    job: int
+    members: Sequence[int]  # of the pass, by their place in it
+    scored: Sequence[SentScore] | None  # None: memory for a single sequence is not there
+    work: Work
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Place:
+    """What a member calls a sequence."""
+
+    job: int
+    place: int
+    step_starts: NDArray[np.int32] | None
+
+
+def serve(descriptor: int) -> None:
+    """Be a member, until the parent is gone."""
+    line = Line(descriptor)
+    asked: Asked = pickle.loads(line.received.get())
+    try:
+        _serve(line, replace(asked.config, device=asked.device))
+    except UserError as error:
+        line.tell(pickle.dumps(Refused(str(error))))
+    except BaseException as error:  # whatever it is, the parent is to say it
+        traceback.print_exc()
+        line.tell(pickle.dumps(Broken(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")))
+    while True:
+        line.received.get()  # the message is on its way; the parent ends this
+
+
+def _serve(line: Line, config: ScoreConfig) -> None:
+    if config.device.startswith("cuda"):
+        torch.cuda.set_device(config.device)
+    scorer = load_scorer(config)
+    line.tell(pickle.dumps(Ready(Facts.of(scorer))))
+    with scorer.passes() as passes:
+        runner = passes
+        if config.local_steps is not None:
+
+            def on_piece(lengths: Sequence[int], n_scored: int) -> None:
+                line.tell(pickle.dumps(PieceDone(lengths, n_scored, passes.work)))
+
+            runner = LocalPasses(passes, config.local_steps, lambda place: place.step_starts, on_piece)
+        for batch, scored in runner.run(_pulled(line, passes)):
+            (job,) = {member.job for member in batch.members}
+            result = Result(
+                job=job,
+                members=[member.place for member in batch.members],
+                scored=scored and [SentScore.of(one, config.per_token) for one in scored],
+                work=passes.work,
+            )
+            line.tell(pickle.dumps(result))
+
+
+def _pulled(line: Line, passes: Passes) -> Iterator[Batch | None]:
+    """The passes that it is given; None before it waits for one."""
+    while True:
+        if line.received.empty():
+            yield None
+        given: Pulled = pickle.loads(line.received.get())
+        starts = given.step_starts or [None] * len(given.sequences)
+        places = [_Place(given.number, place, steps) for place, steps in enumerate(starts)]
+        yield passes.layout.prepare(places, given.sequences)
