@@ -9,6 +9,7 @@ import pytest
 
 from lark_fast.errors import UserError
 from lark_fast.scoring.journal import Journal
+from lark_fast.scoring.parts import part_files
 from lark_fast.scoring.store import ScoreStore
 from tests.score_rows import IDENTITY, go_on, key, row, table, write_window
 
