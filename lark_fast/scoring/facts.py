@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lark_fast.flop import ForwardCost, matmul_ceiling
+from lark_fast.packing import window_tokens
 from lark_fast.scoring.layout import Layout
 
 if TYPE_CHECKING:
@@ -18,7 +19,8 @@ class Facts:
         device_type: "cpu" or "cuda".
         dtype: of its parameters, without "torch.".
         unpackable, length_regime, max_positions, vocab_size: see ``Student``.
-        tokens_per_batch, tokens_per_window: see ``Scorer``.
+        n_parameters: of the model.
+        tokens_per_batch: see ``Scorer``.
         one_shape: see ``Layout``.
         cost: its FLOP.
         ceiling: FLOP/s of the device's best matrix product.
@@ -30,8 +32,8 @@ class Facts:
     length_regime: int | None
     max_positions: int | None
     vocab_size: int
+    n_parameters: int
     tokens_per_batch: int
-    tokens_per_window: int
     one_shape: bool
     cost: ForwardCost
     ceiling: float
@@ -47,12 +49,17 @@ class Facts:
             length_regime=student.length_regime,
             max_positions=student.max_positions,
             vocab_size=student.vocab_size,
+            n_parameters=sum(parameter.numel() for parameter in student.model.parameters()),
             tokens_per_batch=scorer.tokens_per_batch,
-            tokens_per_window=scorer.tokens_per_window,
             one_shape=scorer.compile,
             cost=ForwardCost.of(student.model),
             ceiling=matmul_ceiling(student.device, student.dtype),
         )
+
+    @property
+    def tokens_per_window(self) -> int:
+        """How many tokens are best brought together before they are scored; see ``lark_fast.packing``."""
+        return window_tokens(self.n_parameters, self.tokens_per_batch, self.device_type)
 
     def layout(self) -> Layout:
         """How its passes are put together, on the host."""

@@ -13,7 +13,6 @@ from torch import Tensor
 from lark_fast.batch import Sequences
 from lark_fast.errors import RejectError
 from lark_fast.kernels.token_stats import IGNORE_INDEX, TokenStats
-from lark_fast.packing import window_tokens
 from lark_fast.pool.records import Record, normalise
 from lark_fast.rendering.renderer import Rendered, Renderer, RenderOptions
 from lark_fast.scoring.estimate import Footprint
@@ -127,12 +126,6 @@ class Scorer:
                 vocab_size=self.student.vocab_size,
                 chat_template=chat_template,
             )
-
-    @property
-    def tokens_per_window(self) -> int:
-        """How many tokens are best brought together before they are scored; see ``lark_fast.packing``."""
-        n_parameters = sum(parameter.numel() for parameter in self.student.model.parameters())
-        return window_tokens(n_parameters, self.tokens_per_batch, self.student.device.type)
 
     @classmethod
     def from_pretrained(
