@@ -3,6 +3,7 @@
 import math
 import time
 from array import array
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,9 +30,12 @@ def dry_run(config: "ScoreConfig", pool: Pool) -> ScoreSummary:
     from lark_fast.scoring.estimate import Footprint, estimate
     from lark_fast.scoring.local import local_pieces
     from lark_fast.scoring.run import Rejects, load_scorer, make_feed
+    from lark_fast.scoring.team import choose_devices
 
-    scorer = load_scorer(config)
+    devices = choose_devices(config.devices, config.device) if config.devices else [config.device]
+    scorer = load_scorer(replace(config, device=devices[0]))
     student = scorer.student
+    side_by_side = len(devices) if student.device.type == "cuda" else 1  # processes on a CPU share its cores
     summary = ScoreSummary(out=config.out, dry_run=True)
     summary.ceiling = matmul_ceiling(student.device, student.dtype)
     rejects = Rejects(config, summary)
@@ -60,7 +64,7 @@ def dry_run(config: "ScoreConfig", pool: Pool) -> ScoreSummary:
         cost,
         np.asarray(lengths),
         account.scored_tokens,
-        _speed(scorer, cost, sample, summary.ceiling),
+        side_by_side * _speed(scorer, cost, sample, summary.ceiling),
         footprint=Footprint.of(student.model),
         tokens_per_batch=scorer.tokens_per_batch,
         per_token=config.per_token,
