@@ -111,14 +111,15 @@ class Forks:
         directory: for what the commands print.
         modules: that most of them import too.
         before: a program that it runs first, once.
+        environment: of all of them, beside ENVIRONMENT.
     """
 
-    def __init__(self, directory: Path, *modules: str, before: str = "") -> None:
+    def __init__(self, directory: Path, *modules: str, before: str = "", environment=None) -> None:
         self._directory, self._numbers = directory, itertools.count()
         more = (f"import {', '.join(modules)}\n" if modules else "") + before
         self._process = subprocess.Popen(
             [sys.executable, "-c", more + _FORKING],
-            env={**ENVIRONMENT, "OMP_WAIT_POLICY": "passive"},
+            env={**ENVIRONMENT, "OMP_WAIT_POLICY": "passive", **(environment or {})},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert self._process.stdout.readline() == "ready\n"
