@@ -69,6 +69,7 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # which is refused below, with the name
                 **_placement(config, place, device_map),
                 **({} if folder is None else {"offload_folder": folder.name}),
             )
@@ -198,7 +199,10 @@ def _is_quantised(config: "PreTrainedConfig") -> bool:
 
 
 def _refuse_random(info: dict[str, Any]) -> None:
-    """Transformers fills in at random what a checkpoint lacks, and says so in passing."""
+    """Transformers fills in at random what a checkpoint lacks or has in another shape, and says so in passing."""
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        shapes = (" x ".join(map(str, shape)) for shape in (found, wanted))
+        raise UserError("{} is {} in the checkpoint, and {} by its config.json".format(name, *shapes))
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(

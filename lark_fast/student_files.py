@@ -78,12 +78,12 @@ def find_student(path: str | Path, base: str | None = None) -> StudentFiles:
     named = base or _base_of(directory)
     try:
         base_directory = _directory(named)
+        if (base_directory / ADAPTER_CONFIG).is_file():
+            raise UserError("that is an adapter itself, to be merged into its own base first")
         if not (base_directory / CONFIG).is_file():
-            raise UserError(f"{named}: no {CONFIG} there")
+            raise UserError(f"no {CONFIG} there")
     except UserError as error:
         raise UserError(f"{name}: an adapter of {named}: {error}; say where that is with --base DIR") from error
-    if (base_directory / ADAPTER_CONFIG).is_file():
-        raise UserError(f"{name}: an adapter of {named}, which is an adapter itself: merge that into its base first")
     has_words = any((directory / file).is_file() for file in _WORDS)
     return StudentFiles(
         name=name, base=base_directory, adapter=directory, tokenizer=directory if has_words else base_directory
