@@ -374,6 +374,7 @@ def test_device_maps_through_the_command(tmp_path, monkeypatch, command, pool, b
     says("elsewhere; merge the adapter", student=adapter)
     says("give one of them", more=("--device", "cpu"))
     says("does not go with --device-map", more=("--compile",))
+    says("give one of them", more=("--devices", 2))
     says("neither one of auto", device_map="everywhere")
     for text, said in (('{"": "nowhere"}', "'nowhere'"), ('{"": 9}', "no GPU"), ("[]", "not an object"), ("{", "read")):
         places.write_text(text)
