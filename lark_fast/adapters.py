@@ -1,6 +1,7 @@
 """An adapter (PEFT) on its base: merged into the weights in memory, or beside weights that are quantised."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,9 @@ def merged(adapted: "PeftModel") -> "PreTrainedModel":
             base.to(torch.promote_types(dtype, torch.float32))
             layer.merge()
             base.to(dtype)
-    return adapted.merge_and_unload().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that they are merged already
+        return adapted.merge_and_unload().eval()
 
 
 def _kind(directory: Path) -> str:

@@ -242,7 +242,8 @@ def test_training_on_an_adapter(tmp_path, command, pool, base, adapter, merged):
         more = ("--data", rows, "--student", student, "--out", tmp_path / name)
         command.run(*train, *more)
         trained.append(load_file(tmp_path / name / "model.safetensors"))
-        command.run(*train, *more, "--lora", "--lora-merge", "--lora-rank", 2, "--overwrite")
+        told = command.run(*train, *more, "--lora", "--lora-merge", "--lora-rank", 2, "--overwrite")[1]
+        assert "merged" not in told
         trained.append(load_file(tmp_path / name / "model.safetensors"))
     for ours, theirs in zip(trained[:2], trained[2:], strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -62,10 +62,11 @@ class Footprint:
         head = model.get_output_embeddings().weight
         n_words, width = shape_of(model.get_output_embeddings(), head)
         rows, words = CPU_BLOCK if head.device.type == "cpu" else GPU_BLOCK
-        numbers = max(4 * width + _widest_block(model, width), 3 * width + 3 * width * 4 / head.element_size())
+        size = model.dtype.itemsize  # of what is computed, whatever the weights are stored in
+        numbers = max(4 * width + _widest_block(model, width), 3 * width + 3 * width * 4 / size)
         return cls(
             weights=weights,
-            token=numbers * head.element_size() + TOKEN_BYTES,
+            token=numbers * size + TOKEN_BYTES,
             head=2 * 4 * rows * min(words, n_words),
         )
 
