@@ -55,12 +55,22 @@ class Pack:
     cu_seqlens: Tensor
     longest: int
     _masks: dict[int | None, "BlockMask"] = field(default_factory=dict)
+    _elsewhere: dict[torch.device, "Pack"] = field(default_factory=dict)
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> "Pack":
         """A pack of sequences of these lengths."""
         bounds = (0, *accumulate(lengths))
         return cls(bounds, torch.tensor(bounds, dtype=torch.int32, device=device), max(lengths, default=0))
+
+    def on(self, device: torch.device) -> "Pack":
+        """The same on another device, made once for all layers there."""
+        if device == self.cu_seqlens.device:
+            return self
+        if device not in self._elsewhere:
+            bounds = self.cu_seqlens.to(device, non_blocking=True)
+            self._elsewhere[device] = Pack(self.bounds, bounds, self.longest)
+        return self._elsewhere[device]
 
     def block_mask(self, window: int | None) -> "BlockMask":
         """FlexAttention's mask: the same sequence, not later, and inside the window; made once for all layers."""
@@ -120,6 +130,7 @@ def packed_attention(
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     if dropout:
         return blocks(query, key, value, pack, scaling, sliding_window, softcap, dropout), None
+    pack = pack.on(query.device)
     return _form(query, value, softcap)(query, key, value, pack, scaling, sliding_window, softcap), None
 
 

@@ -58,8 +58,13 @@ class Batch:
         """Tokens that pass through the student."""
         return self.shape[0] * self.shape[1]
 
-    def on(self, device: torch.device) -> "Inputs":
-        """The numbers on their device, by name; without a wait where they are pinned."""
+    def on(self, device: torch.device, head_device: torch.device | None = None) -> "Inputs":
+        """The numbers on their device, by name; without a wait where they are pinned.
+
+        Args:
+            device: where the model reads its input.
+            head_device: where the scored rows meet the head; None: the same.
+        """
         n_inputs, n_bounds = self.size, len(self.bounds or ())
         sizes = [
             n_inputs,
@@ -70,6 +75,7 @@ class Batch:
             len(self.lengths) + 1,
         ]
         ids, places, bounds, rows, targets, ends = self.numbers.to(device, non_blocking=True).split(sizes)
+        rows, targets, ends = (part.to(head_device or device, non_blocking=True) for part in (rows, targets, ends))
         if self.bounds is None:
             return Inputs(ids.view(self.shape), None, None, rows, targets, ends)
         longest = max(end - start for start, end in itertools.pairwise(self.bounds))

@@ -57,9 +57,11 @@ class ForwardCost:
         output = model.get_output_embeddings()
         if output is None:
             raise ValueError(f"{type(model).__name__} has no output embedding: it is not a causal language model")
-        body = sum(2.0 * matrix.active * matrix.weight.numel() for matrix in matrices(model))
+        body = sum(2.0 * matrix.active * matrix.shape.numel() for matrix in matrices(model))
         return cls(
-            body=body, attention=_attention(model.config.get_text_config()), head=2.0 * output.weight.shape.numel()
+            body=body,
+            attention=_attention(model.config.get_text_config()),
+            head=2.0 * shape_of(output, output.weight).numel(),
         )
 
     def flop(self, lengths: Sequence[int] | np.ndarray, n_scored: int) -> float:
@@ -87,7 +89,7 @@ class Matrix:
     """A parameter that tokens are multiplied with."""
 
     block: str  # the module that it is part of, without its own: "layers.0.mlp"
-    weight: "Tensor"
+    shape: "torch.Size"  # of the numbers that it stands for, in however few bits they are stored
     active: float = 1.0  # the share of it that one token meets
     experts: int = 1  # that it is made of
 
@@ -114,7 +116,16 @@ def matrices(model: "PreTrainedModel") -> Iterator[Matrix]:
             active = min(top_k / n, 1.0) if n > 1 and top_k else 1.0
             # A fused parameter is of its module; a Linear's weight is of the module around it.
             block = name if own != "weight" else name.rpartition(".")[0]
-            yield Matrix(block=block, weight=weight, active=active, experts=n)
+            shape = shape_of(module, weight) if own == "weight" else weight.shape
+            yield Matrix(block=block, shape=shape, active=active, experts=n)
+
+
+def shape_of(module: "nn.Module", weight: "Tensor") -> "torch.Size":
+    """``[out, in]`` of a linear layer's weight, also where it is packed into other shapes; of others, their own."""
+    from torch import Size
+
+    out, width = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    return Size((out, width)) if weight.ndim == 2 and out and width else weight.shape
 
 
 def _of_towers(decoder: "nn.Module") -> set[int]:

@@ -1,6 +1,5 @@
 """The student: a Transformers causal language model, its tokenizer, and its output head taken apart."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 from lark_fast.attention import Pack, UnknownAttentionError, attention_in_packs, can_be_packed
 from lark_fast.errors import UserError
 from lark_fast.kernels.head import Head
+from lark_fast.loading import load_model, read_device_map, refuse_missing_device, torch_device
+from lark_fast.student_files import StudentFiles, find_student, found, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_TOKENS = 4
 PROBE_LENGTHS = (7, 12, 1, 5)
-ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name
-MAY_HOLD_A_STUDENT = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 class Student:
@@ -31,29 +30,67 @@ class Student:
     Works with any Transformers model that has an output embedding. What happens to its logits afterwards (Gemma-2's
     softcap, Cohere's and Granite's scales) is read from the config and checked once against the model's own logits.
 
+    Args:
+        model: the model.
+        tokenizer: its tokenizer, where text is to be read.
+        files: where it was loaded from.
+
     Raises:
-        ValueError: the model has no output embedding, or treats its logits in a way this package does not know.
+        ValueError: the model has no output embedding, treats its logits in a way this package does not know, or lets
+            tokens see those behind them.
     """
 
     def __init__(
-        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None" = None, path: str = ""
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        files: StudentFiles | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.path = model, tokenizer, path
+        self.model, self.tokenizer, self.files = model, tokenizer, files
         self._output = model.get_output_embeddings()
         if self._output is None or getattr(self._output, "weight", None) is None:
             raise ValueError(f"{type(model).__name__} has no output embedding: it is not a causal language model")
         self._config = model.config.get_text_config()
+        self._unpacked = None
+        if self.quantised and not _is_plain(self._output.weight):
+            refuse_adapted_head(self._output)
+            self._unpacked = _unpacked(self._output, self._config.hidden_size, model.dtype)
         self._check_head()
+
+    @property
+    def path(self) -> str:
+        """The directory or hub id that it was loaded from; "" of a model in memory."""
+        return "" if self.files is None else self.files.name
 
     @property
     def device(self) -> torch.device:
         """Where the model's input goes."""
-        return self.model.get_input_embeddings().weight.device
+        embedding = self.model.get_input_embeddings()
+        if embedding.weight.is_meta and hasattr(embedding, "_hf_hook"):  # it is fetched for each pass
+            return torch.device(embedding._hf_hook.execution_device)
+        return embedding.weight.device
+
+    @property
+    def head_device(self) -> torch.device:
+        """Where hidden states meet the head: another device than ``device`` where a device map says so."""
+        return self.head.weight.device
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """All devices that take part in a pass."""
+        named = getattr(self.model, "hf_device_map", None) or {}
+        computing = {torch_device(name, "device_map") for name in named.values() if name not in ("cpu", "disk")}
+        return computing | {self.device, self.head_device}
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameters' dtype."""
-        return self._output.weight.dtype
+        """The dtype of hidden states, and of the parameters but for quantised ones."""
+        return self.head.weight.dtype
+
+    @property
+    def quantised(self) -> bool:
+        """Whether Transformers has loaded it by way of a quantiser."""
+        return getattr(self.model, "hf_quantizer", None) is not None
 
     @property
     def vocab_size(self) -> int:
@@ -75,7 +112,8 @@ class Student:
         if scale is None:
             scale = getattr(config, "lm_head_multiplier", None)
         softcap = getattr(config, "final_logit_softcapping", None)
-        return Head(self._output.weight, getattr(self._output, "bias", None), softcap, scale)
+        weight = self._output.weight if self._unpacked is None else self._unpacked
+        return Head(weight, getattr(self._output, "bias", None), softcap, scale)
 
     def hidden(self, input_ids: Tensor, pack: Pack | None = None, position_ids: Tensor | None = None) -> Tensor:
         """The output embedding's input, without computing a logit.
@@ -87,12 +125,12 @@ class Student:
             position_ids: ``[1, T]``, of a pack: each token's place in its sequence.
 
         Returns:
-            ``[B, T, D]`` in the model's dtype. Autograd works through it.
+            ``[B, T, D]`` in the model's dtype, on ``head_device``. Autograd works through it.
         """
         arguments = {} if pack is None else {"position_ids": position_ids, "pack": pack}
         with stop_before_head(self._output) as captured:
             self.model(input_ids=input_ids, use_cache=False, **arguments)
-        return captured[0]
+        return captured[0].to(self.head_device)
 
     def packing(self) -> AbstractContextManager[None]:
         """Inside the block the model attends within the sequences of a pack, and ``hidden`` takes packs alone."""
@@ -154,9 +192,10 @@ class Student:
         except UnknownAttentionError as error:
             return str(error)
         except Exception as error:  # of a model that takes no such arguments, or a kernel that does not run here
-            return f"packs fail with it ({type(error).__name__}: {_one_line(error)})"
+            return f"packs fail with it ({type(error).__name__}: {one_line(error)})"
         distance = (together - alone).float().norm(dim=1) / alone.float().norm(dim=1)
-        allowed = 1e-1 if self.dtype in (torch.bfloat16, torch.float16) else 1e-3
+        # Activations that are quantised too jump by a whole step where they differ in the last bit.
+        allowed = 1e-1 if self.quantised or self.dtype in (torch.bfloat16, torch.float16) else 1e-3
         return None if bool((distance <= allowed).all()) else "its tokens see those of other sequences"
 
     @property
@@ -171,24 +210,50 @@ class Student:
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        """Our head against the model's own logits, on a few tokens: never score with a head that is not the model's."""
+        """Our head against the model's own logits, on a few tokens: never score with a head that is not the model's.
+
+        And the same tokens with another one behind them: nothing that is scored may have been seen.
+        """
         was_training = self.model.training
         self.model.eval()
         try:
             ids = torch.arange(PROBE_TOKENS, device=self.device).remainder(self.vocab_size).unsqueeze(0)
             own = self.model(input_ids=ids, use_cache=False).logits[0]
-            ours = self.head.logits(self.hidden(ids)[0])
+            hidden = self.hidden(ids)[0]
+            ids[0, -1] = PROBE_TOKENS % self.vocab_size
+            other = self.hidden(ids)[0]
+            ours = self.head.logits(hidden)
             own = own.to(ours)
         finally:
             self.model.train(was_training)
         if own.isnan().any():
             raise ValueError("its logits are not numbers (NaN); look at its weights")
-        tolerance = 3e-2 if self.dtype in (torch.bfloat16, torch.float16) else 1e-3
+        # The products of a quantised head are rounded as those of half precision, and ours are not.
+        low = self._unpacked is not None or self.dtype in (torch.bfloat16, torch.float16)
+        tolerance = 3e-2 if low else 1e-3
         if not torch.allclose(ours, own, rtol=tolerance, atol=tolerance * float(own.abs().max()), equal_nan=True):
             raise ValueError(
                 f"{type(self.model).__name__} changes its logits in a way lark-fast does not know "
                 f"(largest difference {float((ours - own).abs().max()):.3g})"
             )
+        # All before the last, for a few may round otherwise (experts); in LLM.int8 a large token has all others do so.
+        moved = (hidden - other).float().norm(dim=1) / hidden.float().norm(dim=1)
+        if bool((moved[:-1] > (1e-1 if self.quantised else tolerance)).all()):
+            raise ValueError(f"{type(self.model).__name__} lets tokens see those behind them: it is no causal model")
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether it is a matrix of numbers, and not of codes."""
+    return type(weight.data) is Tensor and weight.is_floating_point() and weight.element_size() > 1 and weight.ndim == 2
+
+
+@torch.no_grad()
+def _unpacked(output: nn.Module, width: int, dtype: torch.dtype) -> Tensor:
+    """``[V, D]`` the weight of a head that is stored in fewer bits: what it makes of the unit vectors."""
+    units = torch.eye(width, dtype=dtype, device=output.weight.device)
+    logits = output(units)
+    bias = getattr(output, "bias", None)
+    return (logits if bias is None else logits - bias).T.contiguous()
 
 
 def refuse_adapted_head(output: nn.Module) -> None:
@@ -225,42 +290,54 @@ def stop_before_head(output: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def load_student(
-    path: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False, tokenizer: bool = True
+    student: str | Path | StudentFiles,
+    *,
+    base: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+    tokenizer: bool = True,
+    quiet: bool = False,
 ) -> Student:
     """Load a student from a directory or a Hugging Face id, ready to score.
 
     Args:
-        path: a directory with config.json and safetensors, or a hub id.
+        student: a directory with config.json and safetensors, one with an adapter, or a hub id (``org/name@revision``).
+        base: an adapter's base, where it is not where the adapter says.
         device: "auto" (a GPU where there is one), or what ``torch.device`` takes.
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own on a GPU; on a CPU bfloat16 where it
-            multiplies that in hardware, else float32.
+            multiplies that in hardware, else float32. Quantised weights stay as they are.
+        device_map: spread the model over several devices, host memory and disk instead: "auto", "balanced",
+            "balanced_low_0", "sequential" or a JSON file, as accelerate has it.
         trust_remote_code: run model code that the checkpoint brings along.
         tokenizer: load the tokenizer too.
+        quiet: do not tell of tensors that have no place in the model.
 
     Raises:
         UserError: nothing there, or it cannot be loaded; the message says what is missing.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    directory = student_files(path)
+    files = find_student(student, base) if isinstance(student, str | Path) else student
+    if device_map is not None and device != "auto":
+        raise UserError(f"--device {device} and --device-map {device_map}: give one of them")
+    placed = read_device_map(device_map)
     place = choose_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: not one of auto, {', '.join(DTYPES)}")
-    chosen = DTYPES.get(dtype_on(place, dtype), "auto")
-    logging.disable_progress_bar()
+    # What a quantised checkpoint is computed in, its quantiser has said.
+    chosen = DTYPES.get(dtype if files.quantised else dtype_on(place, dtype), "auto")
+    model = load_model(files, place, chosen, device_map=placed, trust_remote_code=trust_remote_code, quiet=quiet)
+    words = load_tokenizer(files, trust_remote_code) if tokenizer else None
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=chosen, trust_remote_code=trust_remote_code, use_safetensors=True
-        )
-        model = model.to(place).eval().requires_grad_(False)
-        return Student(model, load_tokenizer(path, trust_remote_code) if tokenizer else None, path)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be loaded as a student: {_one_line(error)}") from error
+        loaded = Student(model, words, files)
+    except Exception as error:  # the model itself may fail here: a kernel that is missing, a shape that it has not
+        raise UserError(f"{files.name}: cannot be loaded as a student: {one_line(error)}") from error
+    if words is not None:
+        _refuse_long_vocabulary(words, loaded)
+    return loaded
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+def load_tokenizer(student: str | Path | StudentFiles, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """Load a tokenizer whose splitting rules are those of its tokenizer.json.
 
     AutoTokenizer may rebuild the pre-tokenizer from the model type; where it does, the file is loaded as it stands.
@@ -268,7 +345,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> "PreTrainedTok
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    directory = student_files(path, or_adapter=True)
+    files = found(student)
+    directory = files.tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
         file = directory / "tokenizer.json"
@@ -278,62 +356,35 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> "PreTrainedTok
             if any(written.get(part) != loaded.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")):
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
     except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"{path}: its tokenizer cannot be loaded: {_one_line(error)}") from error
+        raise UserError(f"{files.name}: its tokenizer cannot be loaded: {one_line(error)}") from error
     return tokenizer
 
 
-def load_config(path: str, trust_remote_code: bool = False) -> "PreTrainedConfig":
+def load_config(student: str | Path | StudentFiles, trust_remote_code: bool = False) -> "PreTrainedConfig":
     """The (text) config of a student, without its weights."""
     from transformers import AutoConfig
 
+    files = found(student)
     try:
-        return AutoConfig.from_pretrained(student_files(path), trust_remote_code=trust_remote_code).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: its config cannot be loaded: {_one_line(error)}") from error
+        return AutoConfig.from_pretrained(files.base, trust_remote_code=trust_remote_code).get_text_config()
+    except Exception as error:  # of a config that is none: anything at all
+        raise UserError(f"{files.name}: its config cannot be loaded: {one_line(error)}") from error
 
 
-def student_files(path: str, *, or_adapter: bool = False) -> Path:
-    """The local directory of a student; a hub id is looked up in the cache or fetched.
-
-    Args:
-        path: a directory or hub id.
-        or_adapter: a directory may also be that of an adapter, which has no config.json.
+def _refuse_long_vocabulary(tokenizer: "PreTrainedTokenizerBase", student: Student) -> None:
+    """Refuse a tokenizer of another model. Added tokens may lie beyond (Gemma's for images): no text has them.
 
     Raises:
-        UserError: no such directory, and no such hub id within reach.
+        UserError: words of the tokenizer have no row in the embedding.
     """
-    directory = Path(path)
-    if directory.is_dir():
-        if not any((directory / name).is_file() for name in ("config.json", *([ADAPTER_CONFIG] if or_adapter else []))):
-            raise UserError(f"{path}: no config.json there; --student takes a Transformers checkpoint")
-        return directory
-    if path.count("/") > 1 or path.startswith((".", "~", "/")):
-        raise UserError(f"{path}: no such directory")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path, allow_patterns=MAY_HOLD_A_STUDENT))
-    except Exception as error:  # huggingface_hub and its transport raise many kinds
+    added, size = tokenizer.added_tokens_decoder, student.vocab_size
+    beyond = [token for token in tokenizer.get_vocab().values() if token >= size and token not in added]
+    end = tokenizer.eos_token_id
+    if beyond or (end is not None and end >= size):
         raise UserError(
-            f"{path}: no such directory, and it cannot be had from the Hugging Face hub ({_one_line(error)})"
-        ) from error
-
-
-def fingerprint(path: str) -> dict[str, str]:
-    """What identifies a student: SHA-256 over the bytes of its config and weights, and of its tokenizer's files."""
-    directory = student_files(path, or_adapter=True)
-    patterns = ("config.json", "*.safetensors", "adapter_*", "*.py")
-    weights = sorted(file for pattern in patterns for file in directory.glob(pattern))
-    words = sorted(
-        file
-        for file in directory.iterdir()
-        if file.is_file()
-        and (
-            file.name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "added_tokens"))
-            or file.suffix in (".model", ".tiktoken")
+            f"{student.path}: the tokenizer does not go with the model: its ids reach {max([*beyond, end or 0])}, and "
+            f"the model's embedding has {size} rows; is it another model's?"
         )
-    )
-    return {"weights": _digest(weights), "tokenizer": _digest(words)}
 
 
 def choose_device(name: str) -> torch.device:
@@ -344,11 +395,8 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {_one_line(error)}") from error
+    device = torch_device(name, f"--device {name}")
+    refuse_missing_device(device, f"--device {name}")
     return device
 
 
@@ -364,15 +412,3 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":
         return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def _digest(files: list[Path]) -> str:
-    total = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            total.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

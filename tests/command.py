@@ -57,8 +57,9 @@ def make_records(problems: int, candidates: int = 3, words: int = 4):
 # It has no thread but its own when it forks. A child ends as any Python program does (threads are waited for, what was
 # registered with atexit runs) but for the modules, which are not taken apart: that takes twice as long as most tests.
 _FORKING = """
-import atexit, json, os, sys, threading
+import atexit, gc, json, os, sys, threading
 import pyarrow.parquet
+import lark_fast.cli.app
 import lark_fast.rendering.inspection, lark_fast.scoring.dry_run, lark_fast.scoring.engine, lark_fast.scoring.scorer
 from lark_fast.__main__ import main
 from lark_fast.scoring import run
@@ -67,6 +68,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.llama import modeling_llama
 
 get_checkpoint_conversion_mapping("llama")  # makes a table that it keeps
+gc.freeze()  # or every child goes through all objects of the imports, half a second each
 print("ready", flush=True)
 while line := sys.stdin.readline():
     asked = json.loads(line)
@@ -111,14 +113,15 @@ class Forks:
         directory: for what the commands print.
         modules: that most of them import too.
         before: a program that it runs first, once.
+        environment: of all of them, beside ENVIRONMENT.
     """
 
-    def __init__(self, directory: Path, *modules: str, before: str = "") -> None:
+    def __init__(self, directory: Path, *modules: str, before: str = "", environment=None) -> None:
         self._directory, self._numbers = directory, itertools.count()
         more = (f"import {', '.join(modules)}\n" if modules else "") + before
         self._process = subprocess.Popen(
             [sys.executable, "-c", more + _FORKING],
-            env={**ENVIRONMENT, "OMP_WAIT_POLICY": "passive"},
+            env={**ENVIRONMENT, "OMP_WAIT_POLICY": "passive", **(environment or {})},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert self._process.stdout.readline() == "ready\n"

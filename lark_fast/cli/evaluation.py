@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lark_fast.cli.options import (
+    BaseOption,
     DeviceOption,
     DtypeOption,
     OverwriteOption,
@@ -43,9 +44,7 @@ def evaluate(
     answers: Annotated[
         str | None, typer.Option(help="Answers made elsewhere (JSONL, JSON, Parquet), to judge in place of a model.")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The adapter's base, where it is not where the adapter says.")
-    ] = None,
+    base: BaseOption = None,
     preset: Annotated[
         Preset | None, typer.Option(help="paper: n 5, temperature 0.6, top-p 0.95, 12,288 new tokens.")
     ] = None,

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lark_fast.cli.options import (
+    BaseOption,
     DeviceOption,
     LastTurnOption,
     Long,
@@ -42,6 +43,7 @@ def diagnose(
     pool: PoolOption,
     student: StudentOption,
     out: Annotated[Path, typer.Option(help="Directory; the same command again goes on with the next problem.")],
+    base: BaseOption = None,
     problems: Annotated[int, typer.Option(help="How many problems to draw from the pool.")] = 40,
     candidates: Annotated[int, typer.Option(help="Of a problem, at most.")] = 8,
     where: Annotated[
@@ -76,6 +78,7 @@ def diagnose(
         DiagnoseConfig,
         pool=tuple(pool),
         student=student,
+        base=base,
         out=str(out),
         problems=problems,
         candidates=candidates,
@@ -101,6 +104,7 @@ def pilot(
     pool: PoolOption,
     student: StudentOption,
     out: Annotated[Path, typer.Option(help="Directory; the same command again goes on with the next run.")],
+    base: BaseOption = None,
     policies: Annotated[
         str, typer.Option(help="Of select, and full; commas between. random is what others are compared with.")
     ] = "chi2,topb,random,nll,rsr,full",
@@ -151,6 +155,7 @@ def pilot(
         PilotConfig,
         pool=tuple(pool),
         student=student,
+        base=base,
         out=str(out),
         policies=tuple(filter(None, map(str.strip, policies.split(",")))),
         seeds=seeds,

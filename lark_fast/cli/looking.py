@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lark_fast.cli.options import (
+    BaseOption,
     LastTurnOption,
     Long,
     LongOption,
@@ -28,6 +29,7 @@ from lark_fast.cli.options import (
 def inspect(
     pool: PoolOption,
     student: StudentOption,
+    base: BaseOption = None,
     record: Annotated[int, typer.Option(min=1, help="Which record of the pool, counted from 1.")] = 1,
     max_length: MaxLengthOption = 32768,
     span: SpanOption = Span.turn,
@@ -44,11 +46,13 @@ def inspect(
     from lark_fast.rendering.inspection import find_record, inspect_record
     from lark_fast.rendering.renderer import Renderer
     from lark_fast.student import load_config, load_tokenizer
+    from lark_fast.student_files import find_student
 
     found = find_record(pool, record)
-    config = load_config(student, trust_remote_code)
+    files = find_student(student, base)
+    config = load_config(files, trust_remote_code)
     renderer = Renderer(
-        load_tokenizer(student, trust_remote_code),
+        load_tokenizer(files, trust_remote_code),
         render_options(span, render, system, last_turn_only, long, max_length).fitting(
             getattr(config, "max_position_embeddings", None)
         ),

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from lark_fast.cli.options import say
+from lark_fast.cli.options import BaseOption, say
 
 
 def report(
@@ -18,6 +18,7 @@ def report(
         str | None,
         typer.Option(help="The student that was scored, to colour tokens. Default: what the scores remember."),
     ] = None,
+    base: BaseOption = None,
     checkpoint: Annotated[
         list[str] | None, typer.Option(help="What `lark-fast train --out` wrote (repeatable).")
     ] = None,
@@ -37,6 +38,7 @@ def report(
             selection=selection,
             pool=tuple(pool or ()),
             student=student,
+            base=base,
             checkpoints=tuple(checkpoint or ()),
             evaluations=tuple(evaluation or ()),
             problems=problems,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lark_fast.cli.options import (
+    BaseOption,
     DeviceOption,
     DtypeOption,
     LastTurnOption,
@@ -41,6 +42,7 @@ def score(
     pool: PoolOption,
     student: StudentOption,
     out: Annotated[str, typer.Option(help="Directory of the scores; the same command again goes on where it stopped.")],
+    base: BaseOption = None,
     top_k: Annotated[
         int | None, typer.Option(min=1, help="Brier score over the k largest logits (the paper: 50). Default: exact.")
     ] = None,
@@ -50,6 +52,10 @@ def score(
     devices: Annotated[
         str | None,
         typer.Option(help="One process a GPU: all, how many, or which (0,2). With --device cpu, how many processes."),
+    ] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(help="Spread a student over GPUs, memory and disk: auto, balanced, sequential or a JSON file."),
     ] = None,
     span: SpanOption = Span.turn,
     render: RenderOption = Render.template,
@@ -82,10 +88,12 @@ def score(
         pool=tuple(pool),
         student=student,
         out=out,
+        base=base,
         top_k=top_k,
         dtype=dtype,
         device=device,
         devices=devices,
+        device_map=device_map,
         options=render_options(span, render, system, last_turn_only, long, max_length),
         chat_template=read_template(chat_template),
         tokens_per_batch=number_or_auto(tokens_per_batch, "--tokens-per-batch", at_least=1),

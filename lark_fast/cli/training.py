@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lark_fast.cli.options import (
+    BaseOption,
     DeviceOption,
     LastTurnOption,
     Long,
@@ -60,6 +61,7 @@ def train(
     data: Annotated[str, typer.Option(help="train.jsonl of a selection: messages and a weight each.")],
     student: StudentOption,
     out: Annotated[str, typer.Option(help="Directory of the checkpoint; the same command again goes on.")],
+    base: BaseOption = None,
     eval_data: Annotated[str | None, typer.Option(help="Held-out trajectories: their nll before and after.")] = None,
     eval_every: Annotated[int | None, typer.Option(min=1, help="Steps between them. Default: an epoch.")] = None,
     patience: Annotated[
@@ -150,6 +152,7 @@ def train(
         TrainConfig,
         data=data,
         student=student,
+        base=base,
         out=out,
         eval_data=eval_data,
         eval_every=eval_every,

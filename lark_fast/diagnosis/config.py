@@ -15,7 +15,8 @@ class DiagnoseConfig:
 
     Attributes:
         pool: JSONL, JSON or Parquet files of several candidates a problem.
-        student: directory or hub id.
+        student: directory or hub id, an adapter's too.
+        base: of an adapter, instead of the one that it names.
         out: directory; the same config again goes on with the next problem.
         problems: how many are drawn from the pool, by ``seed``.
         candidates: of a problem, at most; drawn too where there are more.
@@ -41,6 +42,7 @@ class DiagnoseConfig:
     pool: tuple[str, ...]
     student: str
     out: str
+    base: str | None = None
     problems: int = 40
     candidates: int = 8
     where: tuple[str, ...] = ()

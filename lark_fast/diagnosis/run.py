@@ -30,7 +30,8 @@ from lark_fast.scoring.learnability import g_hat
 from lark_fast.scoring.scorer import Scorer
 from lark_fast.selection.policies import POLICIES, RANDOM, PolicyOptions, random_draws
 from lark_fast.selection.scored_rows import key_hash
-from lark_fast.student import fingerprint, load_student, student_files
+from lark_fast.student import load_student
+from lark_fast.student_files import find_student
 from lark_fast.versions import versions
 
 if TYPE_CHECKING:
@@ -52,11 +53,12 @@ def diagnose(config: DiagnoseConfig) -> DiagnoseSummary:
         KeyboardInterrupt: stopped; the finished problems are kept.
     """
     refuse_without_scipy("diagnose")
-    refuse_overlap(config.out, {"--pool": Pool(config.pool).inputs, "--student": [student_files(config.student)]})
+    files = find_student(config.student, config.base)
+    refuse_overlap(config.out, {"--pool": Pool(config.pool).inputs, "--student": files.directories})
     refuse_taken(config.out)
-    student = load_student(
-        config.student, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
-    )
+    if files.quantised and config.parameters != "lora":
+        raise UserError(f"--student {config.student}: is quantised, and has no gradients of its own; --parameters lora")
+    student = load_student(files, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     options = config.options.fitting(student.max_positions)
     renderer = Renderer(student.tokenizer, options, vocab_size=student.vocab_size, chat_template=config.chat_template)
     sample = draw_sample(
@@ -69,7 +71,7 @@ def diagnose(config: DiagnoseConfig) -> DiagnoseSummary:
     )
     names = ("problems", "candidates", "where", "parameters", "budget", "lr", "steps", "top_k", "seed")
     identity = {
-        "student": fingerprint(config.student),
+        "student": files.fingerprint(),
         "dtype": str(student.dtype).removeprefix("torch."),
         **{name: getattr(config, name) for name in names},
         **asdict(options),

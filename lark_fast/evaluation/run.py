@@ -23,7 +23,7 @@ from lark_fast.progress import track
 from lark_fast.versions import versions
 
 if TYPE_CHECKING:
-    from lark_fast.evaluation.model import ModelFiles
+    from lark_fast.student_files import StudentFiles
 
 NO_ROOM = Answer(text="", tokens=0, finish="length")  # the question alone takes all of the model's positions
 
@@ -47,10 +47,10 @@ def evaluate(config: EvalConfig) -> EvalSummary:
     with Interrupts():
         if config.answers is not None:
             return _judge_given(config, questions)
-        from lark_fast.evaluation.model import find_model
+        from lark_fast.student_files import find_student
 
-        files = find_model(config.model, config.base)
-        refuse_overlap(config.out, {"--model": [Path(files.base), *([Path(files.adapter)] if files.adapter else [])]})
+        files = find_student(config.model, config.base)
+        refuse_overlap(config.out, {"--model": files.directories})
         refuse_taken(config.out)
         return _ask(config, files, questions)
 
@@ -68,21 +68,21 @@ def _judge_given(config: EvalConfig, questions: Sequence[Question]) -> EvalSumma
     return EvalSummary(out=config.out, model=config.answers, measures=measures)
 
 
-def _ask(config: EvalConfig, files: "ModelFiles", questions: Sequence[Question]) -> EvalSummary:
+def _ask(config: EvalConfig, files: "StudentFiles", questions: Sequence[Question]) -> EvalSummary:
     from lark_fast.evaluation.prompts import Prompter
     from lark_fast.student import choose_device, dtype_on, load_config, load_tokenizer
 
     place = choose_device(config.device)
     device, backend = str(place), choose_backend(config.backend, str(place))
     prompter = Prompter(
-        load_tokenizer(files.tokenizer, config.trust_remote_code),
+        load_tokenizer(files, config.trust_remote_code),
         chat_template=config.chat_template,
-        max_positions=getattr(load_config(files.base, config.trust_remote_code), "max_position_embeddings", None),
+        max_positions=getattr(load_config(files, config.trust_remote_code), "max_position_embeddings", None),
         max_new_tokens=config.sampling.max_new_tokens,
     )
     prompts = [prompter(question) for question in questions]
     settings = asdict(config.sampling) | {"backend": backend, "dtype": dtype_on(place, config.dtype)}
-    identity = files.identity() | settings | {"chat_template": prompter.template.hash}
+    identity = files.fingerprint() | settings | {"chat_template": prompter.template.hash}
     with EvalStore(config.out, identity, overwrite=config.overwrite) as store, writing_to(config.out):
         missing = [place for place, question in enumerate(questions) if store.answers(question) is None]
         started, tokens = time.monotonic(), 0
@@ -112,7 +112,7 @@ def _ask(config: EvalConfig, files: "ModelFiles", questions: Sequence[Question])
 
 def _generate(
     config: EvalConfig,
-    files: "ModelFiles",
+    files: "StudentFiles",
     backend: str,
     stop_ids: Sequence[int],
     asked: Sequence[tuple[Question, Prompt | None]],
@@ -142,14 +142,12 @@ def _generate(
     return tokens
 
 
-def _end_tokens(files: "ModelFiles") -> list[int]:
+def _end_tokens(files: "StudentFiles") -> list[int]:
     """What the checkpoint's generation_config.json says ends a text; of that file nothing else counts."""
     from transformers import GenerationConfig
 
-    from lark_fast.student import student_files
-
     try:
-        ends = GenerationConfig.from_pretrained(student_files(files.base)).eos_token_id
+        ends = GenerationConfig.from_pretrained(files.base).eos_token_id
     except OSError:
         return []
     return list(ends) if isinstance(ends, list) else [] if ends is None else [ends]

@@ -19,7 +19,8 @@ class PilotConfig:
 
     Attributes:
         pool: JSONL, JSON or Parquet files of several candidates a problem.
-        student: directory or hub id that every run starts from.
+        student: directory or hub id that every run starts from, an adapter's too.
+        base: of an adapter, instead of the one that it names.
         out: directory; the same config again goes on with the next run, and more seeds or policies add runs.
         policies: of ``select``, and "full" for every trajectory; the first of "random" and the others is what they are
             compared with.
@@ -55,6 +56,7 @@ class PilotConfig:
     pool: tuple[str, ...]
     student: str
     out: str
+    base: str | None = None
     policies: tuple[str, ...] = ("chi2", "topb", "random", "nll", "rsr", FULL)
     seeds: int = 3
     buckets: int = 5

@@ -35,7 +35,9 @@ from lark_fast.pool.reading import Pool
 from lark_fast.progress import duration
 from lark_fast.rendering.renderer import Renderer
 from lark_fast.selection.policies import find_policy
-from lark_fast.student import choose_device, dtype_on, fingerprint, load_config, load_tokenizer, student_files
+from lark_fast.student import choose_device, dtype_on, load_config, load_tokenizer
+from lark_fast.student_files import find_student
+from lark_fast.training.model import refuse_untrainable
 from lark_fast.versions import versions
 
 LINES, RESULT, TABLES, FIGURE = "runs.jsonl", "pilot.json", "pilot.md", "pilot.png"
@@ -61,18 +63,20 @@ def pilot(config: PilotConfig, say: Callable[[str], None] = lambda line: None) -
     for policy in config.policies:
         if policy != FULL:
             find_policy(policy)
-    inputs = {"--pool": Pool(config.pool).inputs, "--student": [student_files(config.student)]}
+    files = find_student(config.student, config.base)
+    refuse_untrainable(files, config.lora)
+    inputs = {"--pool": Pool(config.pool).inputs, "--student": files.directories}
     if config.held_out:
         inputs["--held-out"] = Pool([config.held_out]).inputs
     refuse_overlap(config.out, inputs)
     refuse_taken(config.out)
     with Interrupts():
-        student, tokenizer = (load(config.student, config.trust_remote_code) for load in (load_config, load_tokenizer))
+        student, tokenizer = (load(files, config.trust_remote_code) for load in (load_config, load_tokenizer))
         options = config.options.fitting(getattr(student, "max_position_embeddings", None))
         renderer = Renderer(tokenizer, options, vocab_size=student.vocab_size, chat_template=config.chat_template)
         names = choose_problems(config)
         identity = {
-            "student": fingerprint(config.student),
+            "student": files.fingerprint(),
             "problems": names.hash,
             "template": renderer.template_hash,
             **{name: getattr(config, name) for name in _IDENTITY},

@@ -140,6 +140,7 @@ def _training(config: PilotConfig, seed: int, selection: Selection, folder: Path
     return TrainConfig(
         data=str(selection.path),
         student=config.student,
+        base=config.base,
         out=str(folder),
         eval_data=str(Path(config.out, MEASURED)),
         eval_every=-(-steps // config.evaluations),

@@ -57,6 +57,7 @@ def score_split(config: PilotConfig) -> None:
             ScoreConfig(
                 pool=(str(Path(config.out, name)),),
                 student=config.student,
+                base=config.base,
                 out=str(Path(config.out, scores)),
                 top_k=config.top_k,
                 dtype=config.dtype,

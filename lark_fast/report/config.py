@@ -14,6 +14,7 @@ class ReportConfig:
         pool: what was scored; (): what the scores remember, where it still is.
         student: whose tokens are shown; None: what the scores remember, where it still is. Where it is given, and the
             scores have no tokens of their own, the trajectories that are shown are scored once more.
+        base: of an adapter that was scored; None: what the scores remember, or the one that it names.
         checkpoints: what ``lark-fast train`` wrote.
         evaluations: what ``lark-fast eval`` wrote.
         problems: how many are shown one by one.
@@ -24,6 +25,7 @@ class ReportConfig:
     selection: str | None = None
     pool: tuple[str, ...] = ()
     student: str | None = None
+    base: str | None = None
     checkpoints: tuple[str, ...] = ()
     evaluations: tuple[str, ...] = ()
     problems: int = 24

@@ -9,6 +9,7 @@ from lark_fast.pool.reading import Pool
 from lark_fast.report.config import ReportConfig, ReportSummary
 from lark_fast.report.shown import MOST_PROBLEMS, Problem, add_texts, add_tokens, choose
 from lark_fast.report.sources import Scores, Selection, read_evaluations, read_selection, read_training
+from lark_fast.student_files import find_student
 
 _NEEDED = ("altair", "vl_convert", "jinja2")
 
@@ -85,7 +86,9 @@ def _shown(config: ReportConfig, scores: Scores, selection: Selection | None) ->
         wants = "--student brings them" if student else "--student DIR brings them"
         return problems, [f"Tokens have no colours, for their nll or the student is not at hand; {wants}."]
     try:
-        return add_tokens(problems, scores, records, str(student), rescore=config.student is not None), []
+        base = config.base or (scores.remembered("base") if config.student is None else None)
+        files = find_student(str(student), base)
+        return add_tokens(problems, scores, records, files, rescore=config.student is not None), []
     except UserError as error:
         if config.student is not None:
             raise

@@ -20,6 +20,7 @@ from lark_fast.selection.matching import Matching, RowIndex
 
 if TYPE_CHECKING:
     from lark_fast.report.sources import Scores, Selection
+    from lark_fast.student_files import StudentFiles
 
 MOST_PROBLEMS = 100
 _BUDGET = 2_900_000  # bytes of the page for all problems
@@ -221,7 +222,7 @@ def _asked(record: Record) -> str:
 
 
 def add_tokens(
-    problems: Sequence[Problem], scores: "Scores", records: dict[int, Record], student: str, *, rescore: bool
+    problems: Sequence[Problem], scores: "Scores", records: dict[int, Record], student: "StudentFiles", *, rescore: bool
 ) -> list[Problem]:
     """The problems with the nll of every scored token.
 
@@ -229,26 +230,26 @@ def add_tokens(
         problems: with texts.
         scores: whose ``token_nll`` is taken, where it has any.
         records: by row.
-        student: directory or hub id of the student that was scored; its tokenizer alone where the scores have tokens.
+        student: where the student is that was scored; its tokenizer alone where the scores have tokens.
         rescore: load the student and score once more where they have none.
 
     Raises:
         UserError: the student cannot be loaded, or another one was scored.
     """
-    from lark_fast.student import fingerprint, load_config, load_student, load_tokenizer
+    from lark_fast.student import load_config, load_student, load_tokenizer
 
     identity = scores.manifest["identity"]
-    prints = fingerprint(student)
+    prints = student.fingerprint()
     if prints["tokenizer"] != identity["tokenizer"]:
-        raise UserError(f"--student {student}: has another tokenizer than the student that was scored")
+        raise UserError(f"--student {student.name}: has another tokenizer than the student that was scored")
     options = RenderOptions(**{name: identity[name] for name in RenderOptions.__dataclass_fields__})
     stored = _stored_tokens(scores, set(records)) if identity.get("per_token") else {}
     scorer = None
     if not stored:
         if not rescore:
             return list(problems)
-        if prints["weights"] != identity["student"]:
-            raise UserError(f"--student {student}: is not the student that was scored, its weights are others")
+        if (prints["weights"], prints.get("adapter")) != (identity["student"], identity.get("adapter")):
+            raise UserError(f"--student {student.name}: is not the student that was scored, its weights are others")
         from lark_fast.scoring.scorer import Scorer
 
         scorer = Scorer(load_student(student, dtype=identity["dtype"]), options=options)

@@ -95,7 +95,7 @@ class Scores:
         return read_log(self.directory / "metrics.jsonl") if (self.directory / "metrics.jsonl").exists() else []
 
     def remembered(self, name: str) -> Any:
-        """What the run was told: ``pool`` or ``student``."""
+        """What the run was told: ``pool``, ``student`` or ``base``."""
         return (self.manifest.get("config") or {}).get(name)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lark_fast.flop import ForwardCost, matrices, three_digits, with_prefix
+from lark_fast.flop import ForwardCost, matrices, shape_of, three_digits, with_prefix
 from lark_fast.progress import duration
 from lark_fast.scoring.metrics import json_number
 
@@ -60,13 +60,14 @@ class Footprint:
         parameters = {id(parameter): parameter for parameter in model.parameters()}
         weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
         head = model.get_output_embeddings().weight
-        width = head.shape[1]
+        n_words, width = shape_of(model.get_output_embeddings(), head)
         rows, words = CPU_BLOCK if head.device.type == "cpu" else GPU_BLOCK
-        numbers = max(4 * width + _widest_block(model, width), 3 * width + 3 * width * 4 / head.element_size())
+        size = model.dtype.itemsize  # of what is computed, whatever the weights are stored in
+        numbers = max(4 * width + _widest_block(model, width), 3 * width + 3 * width * 4 / size)
         return cls(
             weights=weights,
-            token=numbers * head.element_size() + TOKEN_BYTES,
-            head=2 * 4 * rows * min(words, head.shape[0]),
+            token=numbers * size + TOKEN_BYTES,
+            head=2 * 4 * rows * min(words, n_words),
         )
 
     def pack(self, tokens: int) -> float:
@@ -78,7 +79,7 @@ def _widest_block(model: "PreTrainedModel", width: int) -> float:
     """Numbers that a token has in the widest block beside the residual stream of this width."""
     sides: dict[str, list[float]] = defaultdict(list)
     for matrix in matrices(model):
-        shape, met = matrix.weight.shape, matrix.active * matrix.experts  # by a token: 1, or k of the experts
+        shape, met = matrix.shape, matrix.active * matrix.experts  # by a token: 1, or k of the experts
         side = shape.numel() / matrix.experts / width if width in shape else shape[0]
         if matrix.experts > 1 and matrix.block not in sides:
             sides[matrix.block].append(2 * width * met)

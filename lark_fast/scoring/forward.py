@@ -135,8 +135,8 @@ class Passes:
         return None
 
     def _launch(self, batch: Batch) -> "_Pending":
-        clock = _Clock(self.student.device)
-        inputs = batch.on(self.student.device)
+        clock = _Clock(self.student.head_device)
+        inputs = batch.on(self.student.device, self.student.head_device)
         hidden = self.student.hidden(inputs.ids, inputs.pack, inputs.places)
         head = self.student.head
         stats = token_stats(

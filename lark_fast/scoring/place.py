@@ -62,7 +62,7 @@ class Here:
 
     def rounding_cost(self, config: "ScoreConfig", items: Sequence[Trajectory]) -> "RoundingCost | None":
         """See ``Place``."""
-        return rounding_cost(self.scorer, config.student, items, config.trust_remote_code)
+        return rounding_cost(self.scorer, items, config.trust_remote_code)
 
     @contextmanager
     def runner(self, local_steps: int | None, on_piece: OnPiece) -> Iterator["Runner"]:

@@ -31,13 +31,12 @@ class RoundingCost:
 
 
 def rounding_cost(
-    scorer: "Scorer", student: str, items: Sequence[Trajectory], trust_remote_code: bool = False
+    scorer: "Scorer", items: Sequence[Trajectory], trust_remote_code: bool = False
 ) -> RoundingCost | None:
     """Score a sample in the scorer's own precision and, by the same student loaded anew, in float32.
 
     Args:
-        scorer: of the student in lower precision.
-        student: directory or hub id to load it from.
+        scorer: of a student in lower precision, which knows where it was loaded from.
         items: trajectories; as many of the first as make a sample.
         trust_remote_code: as the scorer's student was loaded.
 
@@ -55,7 +54,12 @@ def rounding_cost(
         return None
     try:
         loaded = load_student(
-            student, device="cpu", dtype="float32", trust_remote_code=trust_remote_code, tokenizer=False
+            scorer.student.files,
+            device="cpu",
+            dtype="float32",
+            trust_remote_code=trust_remote_code,
+            tokenizer=False,
+            quiet=True,
         )
     except (UserError, MemoryError):
         return None

@@ -24,6 +24,7 @@ from lark_fast.scoring.feed import Feed, Trajectory, default_workers
 from lark_fast.scoring.metrics import MetricsLog
 from lark_fast.scoring.store import ScoreStore, read_manifest
 from lark_fast.scoring.summary import ScoreSummary
+from lark_fast.student_files import find_student
 from lark_fast.versions import versions
 
 if TYPE_CHECKING:
@@ -40,9 +41,11 @@ class ScoreConfig:
     pool: tuple[str, ...]
     student: str
     out: str
+    base: str | None = None  # of an adapter, instead of the one that it names
     top_k: int | None = None
     dtype: str = "auto"
     device: str = "auto"
+    device_map: str | None = None  # in place of a device, see ``lark_fast.loading.read_device_map``
     options: RenderOptions = field(default_factory=RenderOptions)
     chat_template: str | None = None  # the template itself
     tokens_per_batch: int | None = None
@@ -96,13 +99,17 @@ def _open_place(config: ScoreConfig) -> Iterator["Place"]:
     from lark_fast.scoring.place import Here
 
     if config.devices is not None:
+        if config.device_map is not None:
+            raise UserError(
+                "--devices gives each device a student of its own, --device-map spreads one: give one of them"
+            )
         from lark_fast.scoring.team import Team, choose_devices
 
         with Team(config, choose_devices(config.devices, config.device)) as team:
             yield team
         return
     place = Here(load_scorer(config))
-    idle = place.idle_gpus(config.device)
+    idle = 0 if config.device_map else place.idle_gpus(config.device)
     if idle:
         _say(f"{idle} more GPU{'s are' if idle > 1 else ' is'} idle; --devices all takes them too")
     yield place
@@ -117,8 +124,15 @@ def load_scorer(config: ScoreConfig) -> "Scorer":
     if dtype == "auto" and not config.overwrite:
         # A store that has been begun goes on in its own precision, wherever it was begun.
         dtype = _stored_dtype(config.out)
+    if config.compile and config.device_map is not None:
+        raise UserError("--compile: does not go with --device-map, whose hooks no compiler sees through")
     student = load_student(
-        config.student, device=config.device, dtype=dtype, trust_remote_code=config.trust_remote_code
+        config.student,
+        base=config.base,
+        device=config.device,
+        dtype=dtype,
+        device_map=config.device_map,
+        trust_remote_code=config.trust_remote_code,
     )
     return Scorer(
         student,
@@ -301,12 +315,10 @@ def _say(text: str) -> None:
 
 def _identity(config: ScoreConfig, place: "Place") -> dict[str, Any]:
     """Everything that decides the numbers."""
-    from lark_fast.student import fingerprint
-
-    prints = fingerprint(config.student)
+    prints = find_student(config.student, config.base).fingerprint()
     return {
-        "student": prints["weights"],
-        "tokenizer": prints["tokenizer"],
+        "student": prints.pop("weights"),
+        **prints,
         "template": place.renderer.template_hash,
         "dtype": place.facts.dtype,
         "top_k": config.top_k,
@@ -347,11 +359,13 @@ def _finish(config: ScoreConfig, place: "Place", store: ScoreStore, summary: Sco
     manifest = store.finish(
         config={
             "student": config.student,
+            "base": config.base,
             "pool": list(config.pool),
             "limit": config.limit,
             "max_length": config.options.max_length,
             "device": config.device,
             "devices": place.devices,
+            "device_map": config.device_map,
             "tokens_per_batch": place.facts.tokens_per_batch,
             "compile": config.compile,
         },

@@ -129,10 +129,19 @@ class Scorer:
 
     @classmethod
     def from_pretrained(
-        cls, path: str, *, device: str = "auto", dtype: str = "auto", top_k: int | None = None, **options: Any
+        cls,
+        path: str,
+        *,
+        base: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        device_map: str | None = None,
+        top_k: int | None = None,
+        **options: Any,
     ) -> "Scorer":
-        """Load a student from a directory or hub id; further arguments as for ``Scorer``."""
-        return cls(load_student(path, device=device, dtype=dtype), top_k=top_k, **options)
+        """Load a student as ``load_student`` does, an adapter on its base too; further arguments as for ``Scorer``."""
+        student = load_student(path, base=base, device=device, dtype=dtype, device_map=device_map)
+        return cls(student, top_k=top_k, **options)
 
     def score(
         self, records: Iterable[dict[str, Any] | Record], *, local_steps: int | None = None
@@ -273,7 +282,8 @@ class Scorer:
 def _fitting_tokens(student: Student) -> int:
     if student.device.type != "cuda":
         return CPU_TOKENS_PER_BATCH
-    free, _ = torch.cuda.mem_get_info(student.device)
+    gpus = [device for device in student.devices if device.type == "cuda"]
+    free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
     footprint = Footprint.of(student.model)
     # Two passes are under way at a time, but the second begins where the first has left its memory.
     fitting = int((GPU_MEMORY_SHARE * free - footprint.head) / footprint.token)

@@ -56,7 +56,8 @@ class TrainConfig:
 
     Attributes:
         data: JSONL (or any pool format) of conversations or token ids with a ``weight`` each.
-        student: directory or hub id of the model to start from.
+        student: directory or hub id of the model to start from; an adapter is merged into its base first.
+        base: of an adapter, instead of the one that it names.
         out: directory of the checkpoint; the same config again goes on where it stopped.
         eval_data: held-out trajectories; their mean nll is measured before training and after each epoch.
         eval_every: steps between these measurements instead of an epoch.
@@ -101,6 +102,7 @@ class TrainConfig:
     data: str
     student: str
     out: str
+    base: str | None = None
     eval_data: str | None = None
     eval_every: int | None = None
     patience: int | None = None

@@ -12,6 +12,7 @@ from lark_fast.errors import UserError
 from lark_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from lark_fast.kernels.token_stats import token_stats
 from lark_fast.student import Student, refuse_adapted_head
+from lark_fast.student_files import StudentFiles
 from lark_fast.training.config import LoraOptions, TrainConfig
 from lark_fast.training.world import World
 
@@ -68,6 +69,29 @@ class WeightedLoss(nn.Module):
             return token_stats(*own, rows=inputs.rows, statistics=(), **options).nll
         hidden = hidden.index_select(0, inputs.rows)
         return linear_cross_entropy(hidden, head.weight, inputs.targets, token_weights, operand_dtype=low, **options)
+
+
+def refuse_untrainable(files: StudentFiles, lora: LoraOptions | None, *, ranks: int = 1) -> None:
+    """Look whether what a run would leave is something that can be loaded again.
+
+    Raises:
+        UserError: quantised weights, which have no gradient; adapters on an adapter.
+    """
+    if files.quantised:
+        if lora is None:
+            raise UserError(
+                f"--student {files.name}: is quantised, and such weights are not trained: give --lora, or the "
+                "checkpoint that it was made from"
+            )
+        if lora.merge:
+            raise UserError(f"--lora-merge: {files.name} is quantised, and a merge would round it anew; leave it out")
+        if ranks > 1:
+            raise UserError(f"--student {files.name}: is quantised, and cannot be spread over processes")
+    if files.adapter is not None and lora is not None and not lora.merge:
+        raise UserError(
+            f"--lora: {files.name} is an adapter itself, and one on top of it would have no base that can be loaded; "
+            "give --lora-merge for a whole model, or train without --lora"
+        )
 
 
 def prepare(student: Student, config: TrainConfig, world: World, *, bfloat16: bool) -> "tuple[WeightedLoss, object]":

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from lark_fast.student import student_files
+from lark_fast.adapters import merged
+from lark_fast.loading import load_model
+from lark_fast.student_files import StudentFiles
 from lark_fast.training.step import Trainer
 
 TOKENIZER_FILES = (
@@ -46,9 +48,9 @@ def write_checkpoint(
     if not trainer.world.main:
         return
     weights = {name: wholes[id(tensor)] for name, tensor in named.items()}
-    directory = student_files(student.path)
     # The tokenizer's files are copied as they are: loading and saving one again may change how it splits.
-    for pattern in (*TOKENIZER_FILES, *(["*.py"] if with_code else [])):
+    copied = [*((student.files.tokenizer, pattern) for pattern in TOKENIZER_FILES), (student.files.base, "*.py")]
+    for directory, pattern in copied if with_code else copied[:-1]:
         for file in directory.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, out / file.name)
@@ -60,7 +62,7 @@ def write_checkpoint(
     prefixed = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
     adapters.save_pretrained(out, state_dict=prefixed, save_embedding_layers=False)
     if trainer.config.lora.merge:
-        _merge(student.path, out, dtype, trust_remote_code=with_code)
+        _merge(student.files, out, dtype, trust_remote_code=with_code)
 
 
 def _whole(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -70,25 +72,22 @@ def _whole(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return whole.to("cpu", dtype if whole.is_floating_point() else whole.dtype)
 
 
-def _merge(path: str, out: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> None:
+def _merge(files: StudentFiles, out: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> None:
     """Turn an adapter's directory into a whole model's; merged in float32 and rounded once."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(
-        student_files(path), dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
-    )
-    merged = PeftModel.from_pretrained(base, out).merge_and_unload()
+    base = load_model(files, torch.device("cpu"), torch.float32, trust_remote_code=trust_remote_code, quiet=True)
+    whole = merged(PeftModel.from_pretrained(base, out))
     for file in out.glob("adapter_*"):
         file.unlink()
-    merged.to(dtype).save_pretrained(out)
+    whole.to(dtype).save_pretrained(out)
 
 
-def checkpoint_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype:
+def checkpoint_dtype(files: StudentFiles, *, trust_remote_code: bool = False) -> torch.dtype:
     """The dtype a student is stored in, float32 where its config does not say."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(student_files(path), trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(files.base, trust_remote_code=trust_remote_code)
     return getattr(config.get_text_config(), "dtype", None) or config.dtype or torch.float32
 
 

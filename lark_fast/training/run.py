@@ -12,11 +12,13 @@ from lark_fast.files import refuse_overlap
 from lark_fast.flop import matmul_ceiling
 from lark_fast.interrupts import Interrupts
 from lark_fast.rendering.renderer import Renderer
-from lark_fast.student import Student, choose_device, fingerprint, load_student, multiplies_bfloat16, student_files
+from lark_fast.student import Student, choose_device, load_student, multiplies_bfloat16
+from lark_fast.student_files import find_student
 from lark_fast.training.card import data_manifest, model_card
 from lark_fast.training.config import TrainConfig, TrainSummary
 from lark_fast.training.data import TrainingSet, load_training_set
 from lark_fast.training.loop import Loop, Timing
+from lark_fast.training.model import refuse_untrainable
 from lark_fast.training.output import checkpoint_dtype, draw_losses, write_checkpoint
 from lark_fast.training.probe import write_probe
 from lark_fast.training.state import RunDirectory
@@ -53,7 +55,9 @@ def train(config: TrainConfig) -> TrainSummary:
 def _train(config: TrainConfig, world: World, device: str) -> TrainSummary:
     files = {"--data": config.data, "--eval-data": config.eval_data, "--probe": config.probe}
     read = {option: [Path(path)] for option, path in files.items() if path is not None}
-    refuse_overlap(config.out, {"--student": [student_files(config.student)], **read})
+    sources = find_student(config.student, config.base)
+    refuse_overlap(config.out, {"--student": sources.directories, **read})
+    refuse_untrainable(sources, config.lora, ranks=world.size)
     # On an EPYC with avx512_bf16 a step is 1.05 to 1.3 times as fast for students of 1 to 160 M parameters.
     bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and multiplies_bfloat16(choose_device(device)))
     if config.stochastic_rounding and not bfloat16:
@@ -63,7 +67,7 @@ def _train(config: TrainConfig, world: World, device: str) -> TrainSummary:
     # What is not trained, or rounded stochastically, needs no float32 copy.
     low = bfloat16 and (config.lora is not None or config.stochastic_rounding)
     student = load_student(
-        config.student,
+        sources,
         device=device,
         dtype="bfloat16" if low else "float32",
         trust_remote_code=config.trust_remote_code,
@@ -79,7 +83,7 @@ def _train(config: TrainConfig, world: World, device: str) -> TrainSummary:
         cut = f"{data.truncated} of {len(data)} trajectories are cut at {options.max_length} tokens"
         print(f"lark-fast: {cut}", file=sys.stderr)
     identity = {
-        "student": fingerprint(config.student),
+        "student": sources.fingerprint(),
         "data": data.hash(),
         "eval_data": None if held_out is None else held_out.hash(),
         "probe": None if probe is None else probe.hash(),
@@ -175,7 +179,7 @@ def _finish(trainer: Trainer, probe: TrainingSet | None, directory: RunDirectory
         "ranks": world.size,
         "probe": "",
     }
-    dtype = checkpoint_dtype(config.student, trust_remote_code=config.trust_remote_code)
+    dtype = checkpoint_dtype(trainer.student.files, trust_remote_code=config.trust_remote_code)
     with directory.checkpoint() as files:
         write_checkpoint(
             trainer, files, dtype=dtype, chat_template=config.chat_template, with_code=config.trust_remote_code

@@ -9,7 +9,7 @@ from lark_fast.errors import UserError
 
 if TYPE_CHECKING:
     from lark_fast.evaluation.config import EvalConfig, Sampling
-    from lark_fast.evaluation.model import ModelFiles
+    from lark_fast.student_files import StudentFiles
 
 # In the order they are tried. Both are made for GPUs, so a CPU is left to Transformers.
 FAST = ("vllm", "sglang")
@@ -71,7 +71,7 @@ def choose_backend(name: str, device: str) -> str:
     return name
 
 
-def open_backend(name: str, config: "EvalConfig", files: "ModelFiles", stop_ids: Sequence[int]) -> Backend:
+def open_backend(name: str, config: "EvalConfig", files: "StudentFiles", stop_ids: Sequence[int]) -> Backend:
     """The backend with the model loaded.
 
     Args:
@@ -89,9 +89,7 @@ def open_backend(name: str, config: "EvalConfig", files: "ModelFiles", stop_ids:
 
         return SglangBackend(config, files, stop_ids)
     from lark_fast.evaluation.backends.transformers import TransformersBackend
-    from lark_fast.evaluation.model import load_model
+    from lark_fast.student import load_student
 
-    model, tokenizer = load_model(
-        files, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
-    )
-    return TransformersBackend(model, tokenizer, stop_ids, batch_size=config.batch_size)
+    student = load_student(files, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    return TransformersBackend(student.model, student.tokenizer, stop_ids, batch_size=config.batch_size)

@@ -8,7 +8,7 @@ from lark_fast.evaluation.backends.backend import Answer, Prompt, finish_of
 
 if TYPE_CHECKING:
     from lark_fast.evaluation.config import EvalConfig, Sampling
-    from lark_fast.evaluation.model import ModelFiles
+    from lark_fast.student_files import StudentFiles
 
 
 class SglangBackend:
@@ -20,19 +20,19 @@ class SglangBackend:
 
     name = "sglang"
 
-    def __init__(self, config: "EvalConfig", files: "ModelFiles", stop_ids: Sequence[int]) -> None:
+    def __init__(self, config: "EvalConfig", files: "StudentFiles", stop_ids: Sequence[int]) -> None:
         import sglang
 
         self._engine = sglang.Engine(
-            model_path=files.base,
-            tokenizer_path=files.tokenizer,
+            model_path=str(files.base),
+            tokenizer_path=str(files.tokenizer),
             dtype=config.dtype,
             trust_remote_code=config.trust_remote_code,
             random_seed=config.sampling.seed,
             **({} if config.batch_size is None else {"max_running_requests": config.batch_size}),
-            **({"lora_paths": [files.adapter]} if files.adapter else {}),
+            **({"lora_paths": [str(files.adapter)]} if files.adapter else {}),
         )
-        self._adapter = files.adapter  # known by its path
+        self._adapter = files.adapter and str(files.adapter)  # known by its path
         self._stop_ids = list(stop_ids)
 
     def generate(

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from lark_fast.evaluation.backends.backend import Answer, Prompt, finish_of
 from lark_fast.evaluation.backends.seeds import stream
-from lark_fast.student import ADAPTER_CONFIG
+from lark_fast.student_files import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from lark_fast.evaluation.config import EvalConfig, Sampling
-    from lark_fast.evaluation.model import ModelFiles
+    from lark_fast.student_files import StudentFiles
 
 
 class VllmBackend:
@@ -22,15 +22,15 @@ class VllmBackend:
 
     name = "vllm"
 
-    def __init__(self, config: "EvalConfig", files: "ModelFiles", stop_ids: Sequence[int]) -> None:
+    def __init__(self, config: "EvalConfig", files: "StudentFiles", stop_ids: Sequence[int]) -> None:
         from vllm import EngineArgs, LLMEngine
         from vllm.lora.request import LoRARequest
 
         options = {"enable_lora": True, "max_lora_rank": _rank(files.adapter)} if files.adapter else {}
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
-                model=files.base,
-                tokenizer=files.tokenizer,
+                model=str(files.base),
+                tokenizer=str(files.tokenizer),
                 dtype=config.dtype,
                 trust_remote_code=config.trust_remote_code,
                 generation_config="vllm",  # the checkpoint's own penalties and top-k were not asked for
@@ -38,7 +38,7 @@ class VllmBackend:
                 **options,
             )
         )
-        self._adapter = LoRARequest("adapter", 1, str(Path(files.adapter).resolve())) if files.adapter else None
+        self._adapter = LoRARequest("adapter", 1, str(files.adapter.resolve())) if files.adapter else None
         self._stop_ids = list(stop_ids)
 
     def generate(
@@ -72,8 +72,8 @@ class VllmBackend:
                     )
 
 
-def _rank(adapter: str) -> int:
+def _rank(adapter: Path) -> int:
     """The adapter's largest rank, rounded up to one of those that vLLM knows."""
-    config = json.loads((Path(adapter) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     largest = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     return next((rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= largest), largest)
