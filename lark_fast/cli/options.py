@@ -41,6 +41,12 @@ class Long(StrEnum):
     reject = "reject"
 
 
+class Export(StrEnum):
+    """Formats of other programs that scores are written in."""
+
+    lark_json = "lark-json"
+
+
 PoolOption = Annotated[
     list[str],
     typer.Option(help="JSONL, JSON or Parquet (.gz, .zst too): a file, directory, glob or hub id. May be repeated."),

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -11,6 +10,7 @@ from lark_fast.cli.options import (
     BaseOption,
     DeviceOption,
     DtypeOption,
+    Export,
     LastTurnOption,
     Long,
     LongOption,
@@ -30,12 +30,6 @@ from lark_fast.cli.options import (
     read_template,
     render_options,
 )
-
-
-class Export(StrEnum):
-    """Formats of other programs."""
-
-    lark_json = "lark-json"
 
 
 def score(
@@ -73,6 +67,10 @@ def score(
         typer.Option(min=1, help="Also score each step with only K preceding ones as context (LALP): local_nll."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first N records.")] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="i/n: share i of n of the pool, from 0/n (--array=0-7 in Slurm); then `lark-fast merge`."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what a run would take; write nothing.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop with exit code 2 at the first reject.")] = False,
     overwrite: OverwriteOption = False,
@@ -101,6 +99,7 @@ def score(
         compile=compile,
         local_steps=local_steps,
         limit=limit,
+        shard=shard,
         dry_run=dry_run,
         strict=strict,
         overwrite=overwrite,

@@ -22,6 +22,12 @@ class Faults:
         return f"; the first of {self.count:,} that cannot be used: {self.first}" if self.count else ""
 
 
+def duplicate(key: tuple[str, str]) -> str:
+    """Why a record goes whose key (problem, candidate) an earlier one of the pool has."""
+    problem, candidate = key
+    return f"problem {problem!r} has a candidate {candidate!r} already (duplicate)"
+
+
 def rejected_line(count: int, first: str) -> str:
     """For the end of a run; records' own text in it is not escaped."""
     return f"{count:,} record(s) cannot be used; the first: {first}"

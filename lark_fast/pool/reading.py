@@ -15,6 +15,7 @@ from lark_fast.pool.files import cannot_read, find_pool_files
 from lark_fast.pool.json_list import split_list
 from lark_fast.pool.parquet_rows import read_parquet_rows
 from lark_fast.pool.records import Record, normalise
+from lark_fast.pool.shares import Share
 from lark_fast.pool.splitting import Unsplit, split_lines
 
 _BOM = "\ufeff"
@@ -56,18 +57,26 @@ class Pool:
     """The records behind a list of paths, read one after the other in bounded memory.
 
     Attributes: ``files``, in reading order; ``total_bytes``, their size on disk; ``bytes_read``, how much of that
-    the reading under way has covered.
+    the reading under way has covered, and ``ordinals``, how many records, those of other shares too.
     """
 
-    def __init__(self, paths: Sequence[str], *, max_record_bytes: int = 64 << 20) -> None:
-        """Find the files; UserError when there is nothing behind a path."""
+    def __init__(self, paths: Sequence[str], *, max_record_bytes: int = 64 << 20, share: Share | None = None) -> None:
+        """Find the files; UserError when there is nothing behind a path.
+
+        With ``share`` only its records are yielded; all others are passed over unparsed.
+        """
         named = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
         self._paths = [Path(path) for path in named]
         self.files = find_pool_files(named)
-        self.max_record_bytes = max_record_bytes
+        self.max_record_bytes, self.share = max_record_bytes, share
         self._sizes = [_size(file) for file in self.files]
         self.total_bytes = sum(self._sizes)
-        self.bytes_read = self._end = 0
+        self.bytes_read = self._end = self.ordinals = 0
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The files in reading order, each with its size in bytes when it was found."""
+        return dict(zip(map(str, self.files), self._sizes, strict=True))
 
     @property
     def inputs(self) -> list[Path]:
@@ -75,7 +84,7 @@ class Pool:
         return [*self.files, *(path for path in self._paths if path.is_dir())]
 
     def read(self, limit: int | None = None) -> Iterator[Record | Rejected]:
-        """Yield every record of the pool in order, usable or not, at most ``limit`` of them.
+        """Yield every record of the pool in order, usable or not, of the first ``limit`` of them.
 
         Raises UserError when a file has gone or cannot be read.
         """
@@ -84,7 +93,7 @@ class Pool:
 
     def read_raw(self, limit: int | None = None) -> Iterator[RawRecord]:
         """Yield every record of the pool as it lies there, for others to parse; see ``read``."""
-        self.bytes_read = self._end = ordinal = 0
+        self.bytes_read = self._end = self.ordinals = 0
         if limit == 0:
             return
         for file, size in zip(self.files, self._sizes, strict=True):
@@ -92,11 +101,13 @@ class Pool:
             self._end += size
             with closing(self._read_file(file)) as raws:
                 for line, content in raws:
-                    yield RawRecord(
-                        source=source, line=line, ordinal=ordinal, position=self.bytes_read, content=content
-                    )
-                    ordinal += 1
-                    if ordinal == limit:
+                    ordinal = self.ordinals
+                    self.ordinals += 1
+                    if self.share is None or self.share.has(ordinal):
+                        yield RawRecord(
+                            source=source, line=line, ordinal=ordinal, position=self.bytes_read, content=content
+                        )
+                    if self.ordinals == limit:
                         return
             self.bytes_read = self._end
 

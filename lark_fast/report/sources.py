@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lark_fast.errors import UserError
 from lark_fast.evaluation.results import SUMMARY, read_results
-from lark_fast.scoring.store import read_manifest
+from lark_fast.scoring.store import read_finished
 from lark_fast.selection.first_pass import g_hat_of_the_rest
 from lark_fast.selection.scored_rows import ScoredRows, key_hash, key_hashes
 
@@ -66,9 +66,7 @@ class Scores:
 
     def __init__(self, directory: str) -> None:
         self.directory = Path(directory)
-        self.manifest = read_manifest(directory)
-        if not self.manifest["complete"]:
-            raise UserError(f"--scores {directory}: scoring was not finished; run the same `lark-fast score` again")
+        self.manifest = read_finished(directory)
         self.brier: str = self.manifest["brier"]
         self.rows = ScoredRows(directory, ("nll", self.brier, "rho", "g_hat"))
 

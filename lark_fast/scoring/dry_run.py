@@ -36,7 +36,7 @@ def dry_run(config: "ScoreConfig", pool: Pool) -> ScoreSummary:
     scorer = load_scorer(replace(config, device=devices[0]))
     student = scorer.student
     side_by_side = len(devices) if student.device.type == "cuda" else 1  # processes on a CPU share its cores
-    summary = ScoreSummary(out=config.out, dry_run=True)
+    summary = ScoreSummary(out=config.out, dry_run=True, share=pool.share)
     summary.ceiling = matmul_ceiling(student.device, student.dtype)
     rejects = Rejects(config, summary)
     feed = make_feed(config, pool, scorer.renderer, student.device.type, _known(config), rejects)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lark_fast.errors import RejectError, UserError
+from lark_fast.pool.faults import duplicate
 from lark_fast.pool.keys import KeySnapshot, KeyTable
 from lark_fast.pool.reading import Pool, RawRecord, Rejected
 from lark_fast.rendering.renderer import Renderer, TemplateError
@@ -38,6 +39,7 @@ class Trajectory:
     teacher: str  # "" when unknown
     source: str
     line: int
+    ordinal: int  # in the whole pool, see ``Record``
     content_hash: bytes  # 16 bytes, see ``Record.content_hash``
     input_ids: NDArray[np.int32]  # [T]
     labels: NDArray[np.int32]  # [T], NOT_SCORED where not scored, elsewhere equal to input_ids
@@ -239,10 +241,7 @@ class Feed:
             self.input_tokens += len(item.input_ids)
             return True
         if entry.met:
-            problem, candidate = item.key
-            self._on_reject(
-                item.source, item.line, f"problem {problem!r} has a candidate {candidate!r} already (duplicate)"
-            )
+            self._on_reject(item.source, item.line, duplicate(item.key))
         elif entry.content != KeyTable.short_content(item.content_hash):
             # A stored score must not stand for a text that is no longer there.
             raise changed_text(item.source, item.line)
@@ -304,6 +303,7 @@ class _Preparer:
             teacher=record.teacher,
             source=record.source,
             line=record.line,
+            ordinal=record.ordinal,
             content_hash=content_hash,
             input_ids=input_ids,
             labels=labels,

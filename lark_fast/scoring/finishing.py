@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lark_fast.scoring.learnability import g_hat, rho
-from lark_fast.scoring.parts import STATISTICS, part_files, reading, schema_of, write_part
+from lark_fast.scoring.parts import STATISTICS, number_of_rows, part_files, reading, schema_of, write_part
 
 GROUP_ROWS = 1_000_000  # rows whose problems are grouped in memory at a time
 
@@ -31,7 +31,7 @@ def add_learnability(directory: Path, identity: dict[str, Any]) -> dict[str, int
         OSError: the disk is full or cannot be written to.
     """
     parts = part_files(directory)
-    sizes = [_number_of_rows(part) for part in parts]
+    sizes = [number_of_rows(part) for part in parts]
     total = sum(sizes)
     if not total:
         return {"rows": 0, "problems": 0, "not_finite": 0}
@@ -56,11 +56,6 @@ def add_learnability(directory: Path, identity: dict[str, Any]) -> dict[str, int
         _rewrite(parts, sizes, score, final, values, origin)
         not_finite = int(np.count_nonzero(np.isnan(values)))
     return {"rows": total, "problems": problems, "not_finite": not_finite}
-
-
-def _number_of_rows(part: Path) -> int:
-    with reading(part):
-        return pq.read_metadata(part).num_rows
 
 
 def _read(part: Path, columns: list[str] | None = None) -> pa.Table:

@@ -23,8 +23,10 @@ PER_TOKEN = {
 }
 
 
-def schema(*, top_k: int | None, per_token: bool = False, local: bool = False, final: bool = False) -> pa.Schema:
-    """Columns of a part, raw or final."""
+def schema(
+    *, top_k: int | None, per_token: bool = False, local: bool = False, share: bool = False, final: bool = False
+) -> pa.Schema:
+    """Columns of a part, raw or final. Those of a share of a pool know their places in the pool, see ``merging``."""
     left_out = {*(() if local else LOCAL), *(("brier_topk",) if top_k is None else ())}
     statistics = [name for name in STATISTICS if name not in left_out]
     tokens = [name for name in PER_TOKEN if per_token and (name != "token_brier_topk" or top_k is not None)]
@@ -35,6 +37,7 @@ def schema(*, top_k: int | None, per_token: bool = False, local: bool = False, f
             ("candidate_id", pa.string()),
             ("teacher", pa.string()),
             ("source", pa.string()),
+            *([("line", pa.int64()), ("ordinal", pa.int64())] if share else []),
             ("n_tokens", pa.int32()),
             ("n_input_tokens", pa.int32()),
             ("truncated", pa.bool_()),
@@ -51,7 +54,9 @@ def schema_of(identity: dict[str, Any], *, final: bool = False) -> pa.Schema:
     return schema(
         top_k=identity["top_k"],
         per_token=identity["per_token"],
-        local=identity.get("local_steps") is not None,  # stores begun before there were any do not say
+        # Stores begun before there were any do not say.
+        local=identity.get("local_steps") is not None,
+        share=identity.get("shard") is not None,
         final=final,
     )
 
@@ -69,6 +74,21 @@ def part_path(directory: Path, number: int) -> Path:
 def part_number(part: Path) -> int:
     """The number in a part's name."""
     return int(part.stem.removeprefix("part-"))
+
+
+def number_of_rows(part: Path) -> int:
+    """How many rows a part has.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with reading(part):
+        return pq.read_metadata(part).num_rows
+
+
+def rows_of(directory: str | Path) -> int:
+    """How many rows a directory's parts have; errors as ``number_of_rows``."""
+    return sum(map(number_of_rows, part_files(directory)))
 
 
 def write_part(path: Path, table: pa.Table) -> None:

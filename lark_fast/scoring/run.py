@@ -17,6 +17,7 @@ from lark_fast.interrupts import Interrupts
 from lark_fast.lock import refuse_taken
 from lark_fast.pool.keys import KeyTable
 from lark_fast.pool.reading import Pool
+from lark_fast.pool.shares import Share
 from lark_fast.progress import Progress, Throughput, track
 from lark_fast.rendering.renderer import Renderer, RenderOptions
 from lark_fast.scoring.export import export_lark_json
@@ -54,6 +55,7 @@ class ScoreConfig:
     compile: bool = False
     local_steps: int | None = None  # preceding steps that are context of local scores; None: none are made
     limit: int | None = None
+    shard: str | None = None  # "3/8": that share of the pool, see ``pool.shares``; None: all of it
     dry_run: bool = False
     strict: bool = False
     overwrite: bool = False
@@ -72,13 +74,15 @@ def score_pool(config: ScoreConfig) -> ScoreSummary:
         UserError: bad input; what was finished stays in the store.
         KeyboardInterrupt: as above.
     """
-    pool = Pool(config.pool)
+    pool = Pool(config.pool, share=None if config.shard is None else Share.parse(config.shard))
+    if pool.share is not None and config.export is not None:
+        raise UserError(f"--export {config.export}: takes all candidates of a problem; give it to `lark-fast merge`")
     if config.dry_run:
         from lark_fast.scoring.dry_run import dry_run
 
         return dry_run(config, pool)
     refuse_overlap(config.out, {"--pool": pool.inputs})
-    summary = ScoreSummary(out=config.out)
+    summary = ScoreSummary(out=config.out, share=pool.share)
     refuse_taken(config.out)
     with (
         Interrupts() as interrupts,
@@ -88,7 +92,7 @@ def score_pool(config: ScoreConfig) -> ScoreSummary:
     ):
         _score(config, pool, place, store, summary, interrupts)
         started = time.monotonic()
-        _finish(config, place, store, summary)
+        _finish(config, pool, place, store, summary)
         summary.account.finish_seconds = time.monotonic() - started
     return summary
 
@@ -242,6 +246,11 @@ def _score(
                 watch.close()
             raise
         watch.close()
+    if pool.share is not None and known.unmet():
+        raise UserError(
+            f"--out {config.out}: {known.unmet():,} of its trajectories are not of share {pool.share} of this pool; "
+            "a pool that is scored in shares may grow at its end alone"
+        )
 
 
 def _chose_bfloat16(config: ScoreConfig, store: ScoreStore, facts: "Facts") -> bool:
@@ -325,6 +334,7 @@ def _identity(config: ScoreConfig, place: "Place") -> dict[str, Any]:
         "per_token": config.per_token,
         "local_steps": config.local_steps,
         **asdict(place.options),
+        **({} if config.shard is None else {"shard": config.shard}),
     }
 
 
@@ -334,6 +344,8 @@ def _row(item: Trajectory, scored: "Scored", per_token: bool) -> dict[str, Any]:
         "candidate_id": item.key[1],
         "teacher": item.teacher,
         "source": item.source,
+        "line": item.line,
+        "ordinal": item.ordinal,
         "n_tokens": scored.n_tokens,
         "n_input_tokens": len(item.input_ids),
         "truncated": item.truncated,
@@ -350,7 +362,7 @@ def _row(item: Trajectory, scored: "Scored", per_token: bool) -> dict[str, Any]:
     return row
 
 
-def _finish(config: ScoreConfig, place: "Place", store: ScoreStore, summary: ScoreSummary) -> None:
+def _finish(config: ScoreConfig, pool: Pool, place: "Place", store: ScoreStore, summary: ScoreSummary) -> None:
     account = summary.account.as_json(summary.ceiling)
     timing = {
         name: account[name]
@@ -372,9 +384,10 @@ def _finish(config: ScoreConfig, place: "Place", store: ScoreStore, summary: Sco
         counts={"records": summary.records, "rejected": summary.rejected},
         timing=timing if summary.scored else store.manifest.get("timing", timing),
         versions=versions("torch", "transformers", "numpy", "pyarrow"),
+        **({} if pool.share is None else {"share": {"pool": pool.sizes, "records": pool.ordinals}}),
     )
     for name in ("rows", "problems", "not_finite"):
-        setattr(summary, name, manifest["counts"][name])
+        setattr(summary, name, manifest["counts"].get(name))
     summary.complete = True
     if config.export == "lark-json":
         export_lark_json(store.directory)

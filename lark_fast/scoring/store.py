@@ -3,7 +3,8 @@
     scores/part-000000.parquet ...   one row a trajectory, in the order of the pool: a part a window
     scores/journal-000007            rows of the window that will be part 7, pack by pack; gone once the part is there.
                                      Several windows may be in hand, each with its journal
-    scores/manifest.json             student, config, counts, timing; "complete" once every row has its g_hat
+    scores/manifest.json             student, config, counts, timing; "complete" once every row has its g_hat. Of a
+                                     share of a pool: "share" once all of it is scored, see ``merging``
     scores/rejected.jsonl            {source, line, reason}
     scores/.lock                     held by the run that writes here
 
@@ -23,7 +24,16 @@ from lark_fast.files import TEMPORARY_SUFFIX, write_json, writing_to
 from lark_fast.lock import DirectoryLock
 from lark_fast.scoring.finishing import add_learnability
 from lark_fast.scoring.journal import Journal
-from lark_fast.scoring.parts import held_keys, part_files, part_number, part_path, schema_of, scored_keys, write_part
+from lark_fast.scoring.parts import (
+    held_keys,
+    part_files,
+    part_number,
+    part_path,
+    rows_of,
+    schema_of,
+    scored_keys,
+    write_part,
+)
 
 FORMAT = 1
 LARK_JSON = "lark_ghat.json"  # of ``export``; stale once the store changes
@@ -140,13 +150,15 @@ class ScoreStore:
     def finish(self, **facts: Any) -> dict[str, Any]:
         """Add rho and g_hat to every row, then call the store complete; returns the manifest.
 
-        Rows of windows that were never closed become parts first.
+        Rows of windows that were never closed become parts first. A ``share`` of a pool is never complete: it has some
+        of a problem's candidates, and g_hat is made of all.
         """
         while len(self._windows) > 1 or self._windows[0].place:
             self._write_part([])
         self._windows[0].journal.remove()
-        counts = facts.pop("counts", {}) | add_learnability(self.directory, self.identity)
-        return self.write_manifest(complete=True, counts=counts, **facts)
+        counts, complete = facts.pop("counts", {}), "share" not in facts
+        counts |= add_learnability(self.directory, self.identity) if complete else {"rows": rows_of(self.directory)}
+        return self.write_manifest(complete=complete, counts=counts, **facts)
 
     def write_manifest(self, *, complete: bool, **facts: Any) -> dict[str, Any]:
         """Write manifest.json; ``facts`` are counts, timing, versions."""
@@ -218,7 +230,7 @@ class ScoreStore:
 
     def _not_complete(self) -> None:
         """Before a row comes in: what was made of all rows no longer holds."""
-        if self.manifest["complete"]:
+        if self.manifest["complete"] or "share" in self.manifest:
             self.write_manifest(complete=False)
             (self.directory / LARK_JSON).unlink(missing_ok=True)
 
@@ -299,6 +311,27 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     if not ours or manifest["format"] != FORMAT:
         found = f", but of format {manifest['format']!r}: use the version that wrote it" if ours else ""
         raise UserError(f"{path}: not a manifest of this version of lark-fast (format {FORMAT}){found}")
+    return manifest
+
+
+def read_finished(directory: str | Path, option: str = "--scores") -> dict[str, Any]:
+    """The manifest of a scores directory in which every row has its g_hat.
+
+    Args:
+        directory: of the scores.
+        option: that named it, for messages.
+
+    Raises:
+        UserError: it is not finished, or ``read_manifest`` says it is none.
+    """
+    manifest = read_manifest(directory)
+    shard = manifest["identity"].get("shard")
+    if shard is not None:
+        raise UserError(
+            f"{option} {directory}: is shard {shard} of a pool; `lark-fast merge` makes one store of them all"
+        )
+    if not manifest["complete"]:
+        raise UserError(f"{option} {directory}: scoring was not finished; run the same `lark-fast score` command again")
     return manifest
 
 

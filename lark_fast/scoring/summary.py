@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lark_fast.flop import with_prefix
+from lark_fast.pool.shares import Share
 from lark_fast.progress import duration
 from lark_fast.scoring.estimate import ESTIMATED, Estimate
 from lark_fast.scoring.metrics import Account
@@ -31,9 +32,10 @@ class ScoreSummary:
     truncated: int = 0  # in this run
     first_rejects: list[str] = field(default_factory=list)  # the first SHOWN_REJECTS of them: file:line: reason
     rows: int = 0  # in the store
-    problems: int = 0
-    not_finite: int = 0
-    complete: bool = False  # the pool has been read to its end (or to --limit), and the store is finished
+    problems: int | None = 0  # None: a share does not tell
+    not_finite: int | None = 0
+    complete: bool = False  # the pool has been read to its end (or to --limit), and the store, or share, is finished
+    share: Share | None = None  # of the pool; None: all of it
     dry_run: bool = False  # nothing was written, and ``scored`` counts what could be scored
     estimate: Estimate | None = None  # of a dry run
 
@@ -93,7 +95,11 @@ class ScoreSummary:
             lines += [f"  {name:<{width}}  {value}" for name, value in table]
         if self.kept:
             lines.append(f"{self.kept:,} trajectories had been scored before and were kept")
-        lines.append(f"{self.out}: {self.rows:,} trajectories of {self.problems:,} problems")
+        if self.share is None:
+            lines.append(f"{self.out}: {self.rows:,} trajectories of {self.problems:,} problems")
+        else:
+            others = f"`lark-fast merge` makes one store of all {self.share.of}"
+            lines.append(f"{self.out}: {self.rows:,} trajectories, share {self.share}; {others}")
         if self.not_finite:
             lines.append(f"{self.not_finite:,} trajectories have no g_hat (statistics that are not finite, or nll 0)")
         return lines
@@ -131,7 +137,7 @@ class ScoreSummary:
         out, complete, dry_run                      of the run
         records, scored, kept, rejected, truncated  counts of records, see ``Account``; first_rejects: a list of the
                                                     first three, file:line: reason, as the pool has them
-        rows, problems, not_finite                  what the store now holds
+        rows, problems, not_finite                  what the store now holds; of a share the rows alone
         seconds, *_seconds, *_tokens, *_share, ...  the rest of ``Account.as_json``
         estimated_*                                 ``Estimate.as_json``, of a dry run
         """

@@ -14,7 +14,7 @@ from lark_fast.errors import UserError
 from lark_fast.files import atomic_open, refuse_overlap, write_json, writing_to
 from lark_fast.kernels.chi2 import DEFAULT_BUDGET
 from lark_fast.pool.reading import Pool
-from lark_fast.scoring.store import read_manifest
+from lark_fast.scoring.store import read_finished
 from lark_fast.selection.config import SHOWN_PROBLEMS, SelectConfig, SelectionSummary, variants
 from lark_fast.selection.first_pass import Seen, see_pool
 from lark_fast.selection.leftovers import refuse_existing, remove_leftovers
@@ -82,11 +82,7 @@ def _run(config: SelectConfig) -> dict[str, tuple[SelectionSummary, Weighed]]:
     pool = Pool(config.pool) if config.pool else None
     if pool is not None:
         refuse_overlap(config.out, {"--pool": pool.inputs, "--decontaminate": map(Path, config.decontaminate)})
-    manifest = read_manifest(config.scores)
-    if not manifest["complete"]:
-        raise UserError(
-            f"--scores {config.scores}: scoring was not finished; run the same `lark-fast score` command again"
-        )
+    manifest = read_finished(config.scores)
     constraints = None
     if config.constraints is not None:
         from lark_fast.selection.constraints import read_constraints
