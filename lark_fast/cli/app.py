@@ -7,6 +7,7 @@ import typer
 from lark_fast.cli.evaluation import compare, evaluate
 from lark_fast.cli.evidence import diagnose, pilot
 from lark_fast.cli.looking import demo, inspect
+from lark_fast.cli.merging import merge
 from lark_fast.cli.reporting import report
 from lark_fast.cli.scoring import score
 from lark_fast.cli.selection import select
@@ -39,5 +40,5 @@ def _common(
 
 
 app.command("eval")(evaluate)
-for command in (score, select, train, compare, report, diagnose, pilot, inspect, demo):
+for command in (score, merge, select, train, compare, report, diagnose, pilot, inspect, demo):
     app.command()(command)
