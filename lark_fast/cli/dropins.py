@@ -14,6 +14,7 @@ from lark_fast.cli.options import Render, RenderOption, System, SystemOption, Te
 # Their flags have underscores; with dashes they mean the same.
 UNDERSCORES = {"token_normalize_func": lambda name: name.replace("-", "_")}
 OF_LARK = {"--out": "--output", "--pool": "--input", "--student": "--student_model"}
+OF_RSR = {"--out": "--output_root", "--student": "--model_path"}
 
 
 class LarkDtype(StrEnum):
@@ -22,6 +23,44 @@ class LarkDtype(StrEnum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     float32 = "float32"
+
+
+class RsrDtype(StrEnum):
+    """What ``rsr_cal`` can load a student as."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+    auto = "auto"
+
+
+class RsrMode(StrEnum):
+    """Which half of the work is done."""
+
+    together = "together"
+    infer_only = "infer_only"
+    metrics_only = "metrics_only"
+
+
+class RsrInput(StrEnum):
+    """Forms of input that can be read."""
+
+    messages = "messages"
+
+
+class RsrTemplate(StrEnum):
+    """Whose marks open and close an assistant's turn."""
+
+    qwen = "qwen"
+    llama3 = "llama3"
+
+
+class RsrFormat(StrEnum):
+    """How inference results are kept."""
+
+    parquet = "parquet"
+    jsonl = "jsonl"
+    none = ""
 
 
 def score_lark(
@@ -72,6 +111,80 @@ def score_lark(
         summary = score_lark(config, output)
     print("\n".join([*summary.lines(), f"{output}: written"]), flush=True)
     if not (summary.scored or summary.kept):
+        print("lark-fast: nothing could be scored", file=sys.stderr)
+        raise typer.Exit(3)
+
+
+def rsr_metrics(
+    model_path: Annotated[str, typer.Option("--model_path", help="Hugging Face id or directory of the student.")],
+    model_name: Annotated[str, typer.Option("--model_name", help="Its name in the output.")],
+    data_root: Annotated[str, typer.Option("--data_root", help="Directory below which outputs keep the data's path.")],
+    data_path: Annotated[str, typer.Option("--data_path", help="A JSON or JSONL file, or a directory of them.")],
+    output_root: Annotated[str, typer.Option("--output_root", help="Directory of all that is written.")],
+    batch_size: Annotated[int, typer.Option("--batch_size", help="No effect: as many tokens go together as fit.")] = 8,
+    dtype: Annotated[
+        RsrDtype, typer.Option("--dtype", help="Of the student; auto: the checkpoint's.")
+    ] = RsrDtype.bfloat16,
+    tag: Annotated[str, typer.Option("--tag", help="Added to --model_name.")] = "",
+    run_mode: Annotated[RsrMode, typer.Option("--run_mode", help="What is to be done.")] = RsrMode.together,
+    filter_file_suffix: Annotated[
+        str, typer.Option("--filter_file_suffix", help="Only files whose name, without extension, ends so.")
+    ] = "",
+    input_format: Annotated[
+        RsrInput, typer.Option("--input_format", help="Text alone is read here, no images.")
+    ] = RsrInput.messages,
+    rank_clip_r: Annotated[int, typer.Option("--rank_clip_r", min=1, help="Ranks beyond it count as it.")] = 100,
+    use_flash_attn: Annotated[
+        bool, typer.Option("--use_flash_attn/--nouse_flash_attn", help="No effect: it is used where it can be.")
+    ] = False,
+    max_model_len: Annotated[
+        int | None, typer.Option("--max_model_len", min=1, help="Tokens at which a sample is cut.")
+    ] = None,
+    chat_template: Annotated[
+        RsrTemplate, typer.Option("--chat_template", help="Whose marks open and close an assistant's turn.")
+    ] = RsrTemplate.qwen,
+    infer_save_format: Annotated[
+        RsrFormat, typer.Option("--infer_save_format", help="Of every token's numbers; empty: they are not kept.")
+    ] = RsrFormat.parquet,
+    media_root: Annotated[str, typer.Option("--media_root", help="No effect: there are no images.")] = "",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Score again what has been scored by that name.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust_remote_code", help="Run code that the checkpoint brings (always on there).")
+    ] = False,
+) -> None:
+    """Take the flags of the Rank-Surprisal Ratio's rsr_cal.py and write its files.
+
+    Sample metrics, inference results and the table of data files have its names, keys and numbers; inference results
+    that are there are taken again, as there. In bfloat16 the numbers are closer to the truth, since logits are not
+    rounded. It is different where: (1) the tokenizer has no chat template, which is an error for Llama-3 too; (2) files
+    of the same name but for .json and .jsonl are an error. The last two options are not among its flags.
+    """
+    from lark_fast.cli.options import checked, say
+    from lark_fast.dropins.rsr_metrics import RsrConfig, rsr_metrics
+
+    config = checked(
+        RsrConfig,
+        model_path=model_path,
+        model_name=model_name,
+        data_root=data_root,
+        data_path=data_path,
+        output_root=output_root,
+        dtype=dtype.value,
+        tag=tag,
+        run_mode=run_mode.value,
+        filter_file_suffix=filter_file_suffix,
+        rank_clip_r=rank_clip_r,
+        max_model_len=max_model_len,
+        chat_template=chat_template.value,
+        infer_save_format=infer_save_format.value,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+    with _flags_of(OF_RSR):
+        done = rsr_metrics(config, say)
+    if not done:
         print("lark-fast: nothing could be scored", file=sys.stderr)
         raise typer.Exit(3)
 

@@ -1,1 +1,1 @@
-"""lark-fast under the names, flags and formats of other code bases: one file a drop-in."""
+"""lark-fast under the names, flags and formats of other code bases."""
