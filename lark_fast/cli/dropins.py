@@ -72,6 +72,9 @@ def score_lark(
     batch_size: Annotated[int, typer.Option("--batch_size", help="No effect: as many tokens go together as fit.")] = 1,
     device: Annotated[str, typer.Option("--device", help="The CPU is taken where there is no GPU.")] = "cuda",
     dtype: Annotated[LarkDtype, typer.Option("--dtype", help="Of the student.")] = LarkDtype.bfloat16,
+    devices: Annotated[
+        str | None, typer.Option("--devices", help="One process a GPU: all, how many, or which.")
+    ] = None,
     render: RenderOption = Render.template,
     system: SystemOption = System.keep,
     chat_template: TemplateOption = None,
@@ -82,7 +85,7 @@ def score_lark(
 ) -> None:
     """Take the flags of LARK's released score_lark and write its JSON.
 
-    Keys, order and numbers are the same, and with the same command a stopped run goes on. The last five options are not
+    Keys, order and numbers are the same, and with the same command a stopped run goes on. The last six options are not
     among its flags. It is different where: (1) the rendered text gets no second beginning-of-text token from the
     tokenizer; (2) every assistant turn of a conversation is scored, and nothing behind the last; (3) a student reads no
     more than its own positions; (4) a record that is no conversation, has an empty answer, or has the ids of an earlier
@@ -102,6 +105,7 @@ def score_lark(
         top_k=top_k,
         dtype=dtype.value,
         device=device if torch.cuda.is_available() else "cpu",
+        devices=devices,
         options=RenderOptions(max_length=max_length, render=render.value, system=system.value),
         chat_template=read_template(chat_template),
         overwrite=overwrite,
