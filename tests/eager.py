@@ -1,4 +1,5 @@
-"""How released code (LARK's scorer, the Rank-Surprisal Ratio) computes a trajectory's numbers, in its own way: every logit, top-k, softmax."""
+"""How released code computes a trajectory's numbers, LARK's and the Rank-Surprisal Ratio's: in its own way, by every
+logit, top-k and softmax."""
 
 import torch
 import torch.nn.functional as F
