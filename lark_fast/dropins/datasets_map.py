@@ -41,7 +41,7 @@ class ScoreRows:
 
     The student is loaded by the process that scores, when it first does. So the object can be pickled, and what
     ``datasets`` caches is found again for the same options and the same student: a local one that was written anew is
-    another. With ``num_proc`` each process loads its own and computes in one thread. On a machine with several GPUs, and
+    another. With ``num_proc`` each process loads its own and computes in one thread. Where there are several GPUs, and
     with ``with_rank=True``, each takes one in turn; CUDA asks for ``multiprocess.set_start_method("spawn")`` first.
 
     A first batch in which no row can be scored leaves its columns without a type, which ``datasets`` then refuses to

@@ -94,25 +94,45 @@ def rsr_metrics(config: RsrConfig, say: Say) -> int:
     """
     outputs = [Path(config.output_root) / folder for folder in (INFERRED, METRICS)]
     files = find_data(config.data_path, config.data_root, config.filter_file_suffix, leave_out=outputs)
+    # Before hours are spent on the first of them.
+    sizes = {data: _n_samples(config, data) for data in files if _is_to_infer(config, data)}
     students, done = _Students(config), 0
     with writing_to(config.output_root):
         for data in files:
-            done += _one_file(config, students, data, say)
+            if data in sizes:
+                done += _inferred(config, students.scorer, data, sizes[data], say)
+            else:
+                done += _taken(config, data, say)
     return done
 
 
-def _one_file(config: RsrConfig, students: "_Students", data: DataFile, say: Say) -> bool:
-    kept = config.inferred(data, f".{config.infer_save_format}") if config.infer_save_format else None
-    if kept is not None and kept.exists() and not (config.overwrite and config.run_mode != "metrics_only"):
-        say(f"{data.name}: {kept} is there and is taken")
-        if config.run_mode != "infer_only":
-            _measure(config, data, read_inference(kept), None, say)
-        return True
-    if config.run_mode == "metrics_only":
+def _kept(config: RsrConfig, data: DataFile) -> Path | None:
+    """Where a file's inference results are kept; None where they are not."""
+    return config.inferred(data, f".{config.infer_save_format}") if config.infer_save_format else None
+
+
+def _is_to_infer(config: RsrConfig, data: DataFile) -> bool:
+    kept = _kept(config, data)
+    return config.run_mode != "metrics_only" and (kept is None or config.overwrite or not kept.exists())
+
+
+def _taken(config: RsrConfig, data: DataFile, say: Say) -> bool:
+    """Measure with the inference results that are there; whether they are."""
+    kept = _kept(config, data)
+    assert kept is not None
+    if not kept.exists():
         say(f"{data.name}: there is no {kept}; --run_mode together makes it")
         return False
-    started = time.monotonic()
-    begun = _infer(config, students.scorer, data, say)
+    say(f"{data.name}: {kept} is there and is taken")
+    if config.run_mode != "infer_only":
+        _measure(config, data, read_inference(kept), None, say)
+    return True
+
+
+def _inferred(config: RsrConfig, scorer: "Scorer", data: DataFile, n_samples: int, say: Say) -> bool:
+    """Score a file's samples and measure; whether any could be scored."""
+    kept, started = _kept(config, data), time.monotonic()
+    begun = _infer(config, scorer, data, n_samples, say)
     seconds = time.monotonic() - started
     if not begun.n_samples:
         say(f"{data.name}: no sample in it has an assistant's turn")
@@ -148,12 +168,11 @@ def _measure(
     say(f"{data.name}: {total.n_samples:,} samples, ratio {row['rank_surprisal_ratio']:.5f}: {path}")
 
 
-def _infer(config: RsrConfig, scorer: "Scorer", data: DataFile, say: Say) -> Begun:
+def _infer(config: RsrConfig, scorer: "Scorer", data: DataFile, n_samples: int, say: Say) -> Begun:
     """All of a file's samples through the student, but for those that a stopped run has done."""
     from lark_fast.dropins.rsr_numbers import infer, tokenise
     from lark_fast.student import fingerprint
 
-    n_samples = _checked(config, data)
     with open(data.path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     identity = {
@@ -193,11 +212,11 @@ def _telling(sequences: Iterable["Tokens"], positions: int | None, name: str, sa
         yield one
 
 
-def _checked(config: RsrConfig, data: DataFile) -> int:
-    """Before hours are spent on a file: how many samples it has, and that their ids can be written.
+def _n_samples(config: RsrConfig, data: DataFile) -> int:
+    """How many samples a file has, once it is known that they can be read and that their ids can be written.
 
     Raises:
-        UserError: they cannot.
+        UserError: they cannot, or there is none.
     """
     from lark_fast.dropins.rsr_numbers import sample_id
 
@@ -215,6 +234,8 @@ def _checked(config: RsrConfig, data: DataFile) -> int:
                 f"{where}: ids are integers here and strings there, which a Parquet column cannot hold; "
                 "--infer_save_format jsonl can"
             )
+    if index < 0:
+        raise UserError(f"--data_path {data.path}: holds no sample")
     return index + 1
 
 
