@@ -1,4 +1,5 @@
-"""How LARK's released scorer computes a trajectory's numbers, in its own way: every logit, top-k, softmax."""
+"""How released code computes a trajectory's numbers, LARK's and the Rank-Surprisal Ratio's: in its own way, by every
+logit, top-k and softmax."""
 
 import torch
 import torch.nn.functional as F
@@ -21,3 +22,17 @@ def eager_g_hat(nll, brier):
     rho = [b / x if x > 1e-30 else 0.0 for b, x in zip(brier, nll, strict=True)]
     total, weighted = sum(nll), sum(r * x for r, x in zip(rho, nll, strict=True))
     return [x / total * (2 * r - weighted / total) for r, x in zip(rho, nll, strict=True)]
+
+
+@torch.no_grad()
+def eager_rsr(model, input_ids, positions, clip):
+    """(nlls, probabilities, clipped ranks) of the tokens at ``positions``, as the released RSR code takes them."""
+    nlls, probabilities, ranks = [], [], []
+    logits = model(input_ids=torch.tensor([input_ids])).logits[0].float()
+    for position in positions:
+        row = logits[position - 1]
+        own = row[input_ids[position]]
+        nlls.append((torch.logsumexp(row, 0) - own).item())
+        probabilities.append(torch.softmax(row, 0)[input_ids[position]].item())
+        ranks.append(min(1 + int((row > own).sum()), clip))
+    return nlls, probabilities, ranks

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.eager import eager_scores
+from tests.eager import eager_rsr, eager_scores
 from tests.templates import chatml
 from tests.tiny import TINY_MODELS
 
@@ -42,20 +42,6 @@ SAMPLES = [
     {"messages": [turn("assistant", "the answer is 42. " * 12)]},
     {"messages": [QUESTION, turn("assistant", "")]},
 ]
-
-
-@torch.no_grad()
-def eager_rsr(model, input_ids, positions, clip):
-    """(nlls, probabilities, clipped ranks) of the tokens at ``positions``, as the released RSR code takes them."""
-    nlls, probabilities, ranks = [], [], []
-    logits = model(input_ids=torch.tensor([input_ids])).logits[0].float()
-    for position in positions:
-        row = logits[position - 1]
-        own = row[input_ids[position]]
-        nlls.append((torch.logsumexp(row, 0) - own).item())
-        probabilities.append(torch.softmax(row, 0)[input_ids[position]].item())
-        ranks.append(min(1 + int((row > own).sum()), clip))
-    return nlls, probabilities, ranks
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from lark_fast.cli.dropins import UNDERSCORES, rsr_metrics, score_lark
 from lark_fast.cli.evaluation import compare, evaluate
 from lark_fast.cli.evidence import diagnose, pilot
 from lark_fast.cli.looking import demo, inspect
@@ -42,3 +43,5 @@ def _common(
 app.command("eval")(evaluate)
 for command in (score, merge, select, train, compare, report, diagnose, pilot, inspect, demo):
     app.command()(command)
+for command in (score_lark, rsr_metrics):
+    app.command(context_settings=UNDERSCORES)(command)

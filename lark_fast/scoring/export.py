@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,49 @@ def export_lark_json(scores: str | Path) -> Path:
         for problem, candidate, teacher, nll, brier, rho, g_hat in zip(*table.to_pydict().values(), strict=True):
             row = {"candidate_id": candidate, "teacher": teacher, "L": nll, "Brier": brier, "rho": rho, "g_hat": g_hat}
             problems.setdefault(problem, []).append(row | {"candidate_id": _number(candidate)})
-    counts = manifest["counts"]
+    counts, path = manifest["counts"], Path(scores) / LARK_JSON
+    write_lark_json(
+        path,
+        student=manifest["config"]["student"],
+        top_k=manifest["identity"]["top_k"],
+        problems=dict(sorted(problems.items(), key=lambda item: _order(item[0]))),
+        scored=counts["rows"],
+        skipped=counts["rejected"],
+    )
+    return path
+
+
+def write_lark_json(
+    path: str | Path,
+    *,
+    student: str,
+    top_k: int | None,
+    problems: Mapping[str, Sequence[Mapping[str, Any]]],
+    scored: int,
+    skipped: int,
+) -> None:
+    """Write the file that LARK's released scorer writes, atomically.
+
+    Args:
+        path: where it will be.
+        student: directory or id of the student.
+        top_k: of the Brier score; None for the exact one, which the released scorer does not know.
+        problems: rows of candidate_id, teacher, L, Brier, rho and g_hat by problem, in the order to be written. What is
+            not a number is written as NaN, as there.
+        scored: rows in all.
+        skipped: records that could not be used.
+    """
     made = {
         "method": "lark_ghat",
-        "student_model": manifest["config"]["student"],
-        "top_k": manifest["identity"]["top_k"],
+        "student_model": student,
+        "top_k": top_k,
         "n_problems": len(problems),
-        "n_scored": counts["rows"],
-        "n_skipped": counts["rejected"],
-        "scores": dict(sorted(problems.items(), key=lambda item: _order(item[0]))),
+        "n_scored": scored,
+        "n_skipped": skipped,
+        "scores": problems,
     }
-    path = Path(scores) / LARK_JSON
     with atomic_open(path) as stream:
         json.dump(made, stream, ensure_ascii=False, indent=2)
-    return path
 
 
 def _number(name: str) -> int | str:

@@ -48,7 +48,7 @@ def add_learnability(directory: Path, identity: dict[str, Any]) -> dict[str, int
         for group in range(groups):
             rows, problem, tokens, nll, brier = _read_group(parts, sizes, score, group, groups)
             problems += len(np.unique(problem))
-            first = _first_with_same_tokens(problem, tokens)
+            first = first_with_same_tokens(problem, tokens)
             values[rows] = g_hat(nll[first], brier[first], problem)
             moved = np.flatnonzero(first != np.arange(len(first)))
             origin.update(zip(rows[moved].tolist(), rows[first[moved]].tolist(), strict=True))
@@ -117,7 +117,7 @@ def _holds(table: pa.Table, columns: dict[str, np.ndarray], final: pa.Schema) ->
     )
 
 
-def _first_with_same_tokens(problem: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+def first_with_same_tokens(problem: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """For each row, the first row of the same problem and token hash."""
     order = np.lexsort((np.arange(len(problem)), tokens, problem))
     starts = np.ones(len(order), dtype=bool)

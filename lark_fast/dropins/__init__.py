@@ -1,0 +1,1 @@
+"""lark-fast under the names, flags and formats of other code bases."""
