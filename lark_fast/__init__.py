@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from lark_fast.kernels.trajectory_reduce import trajectory_reduce
     from lark_fast.scoring.learnability import g_hat
     from lark_fast.scoring.scorer import Scorer, TrajectoryScore
+    from lark_fast.scoring.stream import ScoringQueue
 
 _HOMES = {
     "Scorer": "lark_fast.scoring.scorer",
     "TrajectoryScore": "lark_fast.scoring.scorer",
+    "ScoringQueue": "lark_fast.scoring.stream",
     "TokenStats": "lark_fast.kernels.token_stats",
     "token_stats": "lark_fast.kernels.token_stats",
     "token_stats_from_logits": "lark_fast.kernels.token_stats",
@@ -29,6 +31,7 @@ _HOMES = {
 __all__ = [  # noqa: RUF022 - the order a reader meets them
     "Scorer",
     "TrajectoryScore",
+    "ScoringQueue",
     "TokenStats",
     "g_hat",
     "chi2_weights",

@@ -99,6 +99,7 @@ def test_public_names():
     assert printed == [
         "Scorer",
         "TrajectoryScore",
+        "ScoringQueue",
         "TokenStats",
         "g_hat",
         "chi2_weights",

@@ -168,7 +168,7 @@ class Scorer:
             except RejectError as error:
                 raise ValueError(f"record {index}: {error}") from error
         scored = self.score_rendered(rendered, local_steps=local_steps)
-        return [_named(record, stats) for record, stats in zip(known, scored, strict=True)]
+        return [named_score(record, stats) for record, stats in zip(known, scored, strict=True)]
 
     def score_tokens(self, input_ids: Any, labels: Any) -> TokenStats | list[TokenStats]:
         """Per-token statistics of the scored positions.
@@ -216,14 +216,7 @@ class Scorer:
             local = local_steps, [step_starts(rendered[index], self.renderer) for index in unique]
         scored = dict(zip(unique, self._score(sequences, on_batch, local), strict=True))
         return [
-            TrajectoryStats(
-                n_input_tokens=len(item.input_ids),
-                truncated=item.truncated,
-                token_hash=digest,
-                n_tokens=scored[first[digest]].n_tokens,
-                tokens=scored[first[digest]].tokens,
-                **scored[first[digest]].means,
-            )
+            trajectory_stats(scored[first[digest]], len(item.input_ids), item.truncated, digest)
             for digest, item in zip(hashes, rendered, strict=True)
         ]
 
@@ -290,7 +283,20 @@ def _fitting_tokens(student: Student) -> int:
     return max(CPU_TOKENS_PER_BATCH, min(GPU_TOKENS_PER_BATCH, fitting // 256 * 256))
 
 
-def _named(record: Record, stats: TrajectoryStats) -> TrajectoryScore:
+def trajectory_stats(scored: Scored, n_input_tokens: int, truncated: bool, digest: bytes) -> TrajectoryStats:
+    """What a pass has brought, with what only the rendering knows."""
+    return TrajectoryStats(
+        n_tokens=scored.n_tokens,
+        n_input_tokens=n_input_tokens,
+        truncated=truncated,
+        tokens=scored.tokens,
+        token_hash=digest,
+        **scored.means,
+    )
+
+
+def named_score(record: Record, stats: TrajectoryStats) -> TrajectoryScore:
+    """The score of a record, from the statistics of its trajectory."""
     shared = (
         *("n_tokens", "n_input_tokens", "truncated"),
         *("nll", "brier", "brier_topk", "entropy", "rank_mean", "rsr", "local_nll", "local_step_nll"),
