@@ -1,0 +1,1 @@
+"""lark-fast inside other people's programs."""
