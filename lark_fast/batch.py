@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from lark_fast.attention import Pack
@@ -15,7 +15,23 @@ from lark_fast.kernels.head_operands import IGNORE_INDEX
 
 SEQUENCES_STEP = 64  # packs of one shape have a multiple of it as their number of bounds
 
-Sequences = Sequence[tuple[ArrayLike, ArrayLike]]  # input_ids and labels of each, as long as one another
+
+class Targets(NamedTuple):
+    """What is asked about a sequence where labels cannot say it: any words, at any of its positions."""
+
+    rows: NDArray[np.int64]  # [N] positions in the sequence
+    words: NDArray[np.int64]  # [N] token ids; positions up to and with rows[n] are what predicts words[n]
+
+    @classmethod
+    def of(cls, labels: ArrayLike) -> "Targets":
+        """Of labels ``[T]`` as Transformers has them: position t predicts label t + 1."""
+        words = np.asarray(labels, dtype=np.int64)[1:]
+        rows = np.flatnonzero(words != IGNORE_INDEX)
+        return cls(rows, words[rows])
+
+
+# input_ids of each, and labels as long as they are or targets
+Sequences = Sequence[tuple[ArrayLike, ArrayLike | Targets]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,7 +115,7 @@ def make_batch(members: Sequence[Any], sequences: Sequences, *, packed: bool, pi
 
     Args:
         members: what the caller calls them.
-        sequences: input_ids and labels of each.
+        sequences: input_ids of each, and its labels or targets.
         packed: in one row; otherwise in a row each.
         pinned: in memory from which a GPU can fetch them by itself.
         fill_to: fill a pack up to so many tokens, so that all packs have one shape.
@@ -107,11 +123,10 @@ def make_batch(members: Sequence[Any], sequences: Sequences, *, packed: bool, pi
     lengths = [len(ids) for ids, _ in sequences]
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     ids = np.concatenate([np.asarray(row, dtype=np.int64) for row, _ in sequences] or [starts[:0]])
-    labels = np.full(starts[-1], IGNORE_INDEX, dtype=np.int64)
-    for start, end, (_, marks) in zip(starts, starts[1:], sequences, strict=False):
-        labels[start : max(start, end - 1)] = marks[1:]  # position t predicts token t + 1
-    rows = np.flatnonzero(labels != IGNORE_INDEX)
-    targets, ends = labels[rows], np.searchsorted(rows, starts)
+    asked = [marks if isinstance(marks, Targets) else Targets.of(marks) for _, marks in sequences]
+    rows = np.concatenate([start + own.rows for start, own in zip(starts, asked, strict=False)] or [starts[:0]])
+    targets = np.concatenate([own.words for own in asked] or [starts[:0]])
+    ends = np.concatenate([[0], np.cumsum([len(own.rows) for own in asked])]).astype(np.int64)
     bounds: list[int] | None = None
     if packed:
         shape = (1, max(1, int(starts[-1]), fill_to))

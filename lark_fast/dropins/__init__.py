@@ -1,1 +1,1 @@
-"""lark-fast under the names, flags and formats of other code bases."""
+"""lark-fast inside other people's programs: under their names, flags and formats."""

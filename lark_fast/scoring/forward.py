@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lark_fast.batch import Batch
-from lark_fast.kernels.token_stats import TokenStats, token_stats
+from lark_fast.kernels.token_stats import STATISTICS, TokenStats, token_stats
 from lark_fast.kernels.trajectory_reduce import TrajectoryReduction, trajectory_reduce
 from lark_fast.scoring.layout import Layout
 from lark_fast.student import Student
@@ -56,6 +56,7 @@ class Passes:
         impl: as in ``token_stats``.
         tokens_per_batch: the most tokens of a pass; halved when the device's memory does not suffice.
         one_shape: fill packs up, so that compiled layers see one shape.
+        statistics: as in ``token_stats``.
 
     Attributes:
         layout: how batches are put together.
@@ -63,9 +64,16 @@ class Passes:
     """
 
     def __init__(
-        self, student: Student, *, top_k: int | None, impl: str, tokens_per_batch: int, one_shape: bool = False
+        self,
+        student: Student,
+        *,
+        top_k: int | None,
+        impl: str,
+        tokens_per_batch: int,
+        one_shape: bool = False,
+        statistics: Collection[str] = STATISTICS,
     ) -> None:
-        self.student, self.top_k, self.impl = student, top_k, impl
+        self.student, self.top_k, self.impl, self.statistics = student, top_k, impl, statistics
         on_gpu = student.device.type == "cuda"
         self.layout = Layout(
             packed=student.unpackable is None,
@@ -148,6 +156,7 @@ class Passes:
             softcap=head.softcap,
             logit_scale=head.logit_scale,
             top_k=self.top_k,
+            statistics=self.statistics,
             impl=self.impl,
         )
         return _Pending(batch, stats, trajectory_reduce(stats, inputs.ends), inputs.ends, clock)

@@ -1,6 +1,6 @@
 """The scorer: records or token ids in, one set of statistics a trajectory out."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lark_fast.batch import Sequences
 from lark_fast.errors import RejectError
-from lark_fast.kernels.token_stats import IGNORE_INDEX, TokenStats
+from lark_fast.kernels.token_stats import IGNORE_INDEX, STATISTICS, TokenStats
 from lark_fast.pool.records import Record, normalise
 from lark_fast.rendering.renderer import Rendered, Renderer, RenderOptions
 from lark_fast.scoring.estimate import Footprint
@@ -250,8 +250,8 @@ class Scorer:
         return results
 
     @contextmanager
-    def passes(self) -> Iterator[Passes]:
-        """The student made ready for forward passes; afterwards it is as it was."""
+    def passes(self, statistics: Collection[str] = STATISTICS) -> Iterator[Passes]:
+        """The student made ready for forward passes; afterwards it is as it was. ``statistics``: as ``token_stats``."""
         student, was_training = self.student, self.student.model.training
         student.model.eval()
         try:
@@ -261,6 +261,7 @@ class Scorer:
                 impl=self.impl,
                 tokens_per_batch=self.tokens_per_batch,
                 one_shape=self.compile,
+                statistics=statistics,
             )
             with ExitStack() as stack:
                 if passes.layout.packed:
