@@ -49,7 +49,7 @@ class Facts:
             length_regime=student.length_regime,
             max_positions=student.max_positions,
             vocab_size=student.vocab_size,
-            n_parameters=sum(parameter.numel() for parameter in student.model.parameters()),
+            n_parameters=scorer.n_parameters,
             tokens_per_batch=scorer.tokens_per_batch,
             one_shape=scorer.compile,
             cost=ForwardCost.of(student.model),

@@ -13,6 +13,7 @@ from torch import Tensor
 from lark_fast.batch import Sequences
 from lark_fast.errors import RejectError
 from lark_fast.kernels.token_stats import IGNORE_INDEX, STATISTICS, TokenStats
+from lark_fast.packing import window_tokens
 from lark_fast.pool.records import Record, normalise
 from lark_fast.rendering.renderer import Rendered, Renderer, RenderOptions
 from lark_fast.scoring.estimate import Footprint
@@ -126,6 +127,16 @@ class Scorer:
                 vocab_size=self.student.vocab_size,
                 chat_template=chat_template,
             )
+
+    @property
+    def n_parameters(self) -> int:
+        """Of the model."""
+        return sum(parameter.numel() for parameter in self.student.model.parameters())
+
+    @property
+    def tokens_per_window(self) -> int:
+        """How many tokens are best brought together before they are scored; see ``lark_fast.packing``."""
+        return window_tokens(self.n_parameters, self.tokens_per_batch, self.student.device.type)
 
     @classmethod
     def from_pretrained(
