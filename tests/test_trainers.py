@@ -19,7 +19,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Tra
 from trl import SFTConfig, SFTTrainer
 
 from lark_fast.selection.exporters import export
-from lark_fast.trainers import HeadLoss, WeightedSFTTrainer, use_linear_cross_entropy
+from lark_fast.trainers import HeadLoss, WeightedSFTTrainer, read_sample_log, use_linear_cross_entropy
 from lark_fast.trainers.collator import WeightedCollator
 from tests.command import make_records
 from tests.templates import CHATML
@@ -288,12 +288,14 @@ def test_resuming_goes_on_as_if_nothing_had_happened(make, tmp_path):
 RANKS = """
 import sys, torch
 from pathlib import Path
+from lark_fast.trainers import SampleLog
 from tests.trainer_runs import ROWS_OF_RANKS, sft, trained
 out = Path(sys.argv[1])
 found = {}
 for layout in ("padded", "packed"):
     changes = {"layout": layout, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     trainer = sft(out, ROWS_OF_RANKS, eval_rows=ROWS_OF_RANKS[:5], per_device_eval_batch_size=2, **changes)
+    trainer.add_callback(SampleLog(out / layout))
     found[layout] = trained(trainer)
     found[layout].losses.append(trainer.evaluate()["eval_loss"])
     rank = trainer.args.process_index
@@ -318,6 +320,9 @@ def test_two_ranks_take_the_steps_of_one(tmp_path):
         trainer = sft(tmp_path, ROWS_OF_RANKS, eval_rows=ROWS_OF_RANKS[:5], **changes)
         one = trained(trainer)
         one.losses.append(trainer.evaluate()["eval_loss"])
+        logged = read_sample_log(tmp_path / layout)  # a file of each rank
+        assert len(list((tmp_path / layout).iterdir())) == 2
+        assert len(logged) == sum(map(len, logged.values())) == len(ROWS_OF_RANKS)
         for rank in (0, 1):
             losses, parameters = torch.load(tmp_path / f"rank{rank}.pt")[layout]
             assert distance(type(one)(losses, parameters), one) < 1e-5

@@ -93,8 +93,7 @@ class HeadLoss:
         hidden, target = hidden.flatten(0, 1), shift_labels.flatten().to(hidden.device)
         head, kind = self._student.head, hidden.device.type
         more: dict[str, Any] = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
-        # The operations know no autocast; these are the operands that the model's own head would multiply.
-        low = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+        low = autocast_is_bfloat16(kind)
         if per_token:
             weight = head.weight.bfloat16() if low else head.weight
             hidden = hidden.bfloat16() if low else hidden
@@ -117,6 +116,12 @@ class HeadLoss:
         if auxiliary is None:
             return 0.0
         return self.model.config.get_text_config().router_aux_loss_coef * auxiliary
+
+
+def autocast_is_bfloat16(kind: str) -> bool:
+    """Whether the model's own head would multiply bfloat16 here, on a device of that kind; the operations know no
+    autocast, and are given the operands as it would."""
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
 
 
 def use_linear_cross_entropy(model: "PreTrainedModel") -> HeadLoss:
