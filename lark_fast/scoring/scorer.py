@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lark_fast.batch import Sequences
 from lark_fast.errors import RejectError
+from lark_fast.flop import ForwardCost
 from lark_fast.kernels.token_stats import IGNORE_INDEX, TokenStats
 from lark_fast.pool.records import Record, normalise
 from lark_fast.rendering.renderer import Rendered, Renderer, RenderOptions
@@ -47,6 +48,8 @@ class TrajectoryStats:
     token_hash: bytes  # 16 bytes; equal for equal token ids and scored positions
     local_nll: float | None = None  # nats, see ``lark_fast.scoring.local``; None where nobody asked
     local_step_nll: float | None = None
+    nll_after: float | None = None  # nats, see ``lark_fast.scoring.paired``; None of a single student
+    loss_delta: float | None = None
 
     @property
     def brier_used(self) -> float:
@@ -126,6 +129,28 @@ class Scorer:
                 vocab_size=self.student.vocab_size,
                 chat_template=chat_template,
             )
+
+    @property
+    def students(self) -> tuple[Student, ...]:
+        """All that a trajectory passes through."""
+        return (self.student,)
+
+    @property
+    def unpackable(self) -> str | None:
+        """Why sequences cannot share a row, see ``Student``."""
+        return next((why for student in self.students if (why := student.unpackable) is not None), None)
+
+    @property
+    def cost(self) -> ForwardCost:
+        """FLOP of its passes."""
+        first, *others = (ForwardCost.of(student.model) for student in self.students)
+        return sum(others, first)
+
+    @property
+    def footprint(self) -> Footprint:
+        """Memory that it takes."""
+        first, *others = (Footprint.of(student.model) for student in self.students)
+        return sum(others, first)
 
     @classmethod
     def from_pretrained(
@@ -259,24 +284,21 @@ class Scorer:
     @contextmanager
     def passes(self) -> Iterator[Passes]:
         """The student made ready for forward passes; afterwards it is as it was."""
-        student, was_training = self.student, self.student.model.training
-        student.model.eval()
-        try:
-            passes = Passes(
-                student,
-                top_k=self.top_k,
-                impl=self.impl,
-                tokens_per_batch=self.tokens_per_batch,
-                one_shape=self.compile,
-            )
-            with ExitStack() as stack:
+        passes = self._new_passes(
+            top_k=self.top_k, impl=self.impl, tokens_per_batch=self.tokens_per_batch, one_shape=self.compile
+        )
+        with ExitStack() as stack:
+            for student in self.students:
+                stack.callback(student.model.train, student.model.training)
+                student.model.eval()
                 if passes.layout.packed:
                     stack.enter_context(student.packing())
                 if self.compile:
                     stack.enter_context(student.compiled())
-                yield passes
-        finally:
-            student.model.train(was_training)
+            yield passes
+
+    def _new_passes(self, **how: Any) -> Passes:
+        return Passes(self.student, **how)
 
 
 def _fitting_tokens(student: Student) -> int:

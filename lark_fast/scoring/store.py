@@ -137,15 +137,21 @@ class ScoreStore:
                 raise ValueError(f"{key} was never appended to its window")
         self._write_part(keys)
 
-    def finish(self, **facts: Any) -> dict[str, Any]:
+    def finish(self, *, steps: int | None = None, **facts: Any) -> dict[str, Any]:
         """Add rho and g_hat to every row, then call the store complete; returns the manifest.
+
+        Of a pair rho_measured too, for which ``steps`` is needed.
 
         Rows of windows that were never closed become parts first.
         """
         while len(self._windows) > 1 or self._windows[0].place:
             self._write_part([])
         self._windows[0].journal.remove()
-        counts = facts.pop("counts", {}) | add_learnability(self.directory, self.identity)
+        if steps is not None:
+            facts["steps"] = steps
+            if self.manifest.get("steps") != steps:
+                self._not_complete()
+        counts = facts.pop("counts", {}) | add_learnability(self.directory, self.identity, steps)
         return self.write_manifest(complete=True, counts=counts, **facts)
 
     def write_manifest(self, *, complete: bool, **facts: Any) -> dict[str, Any]:
