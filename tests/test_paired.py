@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,9 +21,11 @@ from lark_fast.scoring.delta import read_delta
 from lark_fast.scoring.learnability import measured_rate
 from lark_fast.scoring.paired import PairedPasses, PairedScorer
 from lark_fast.scoring.parts import part_files, schema_of
+from lark_fast.scoring.run import ScoreConfig, students_of
 from lark_fast.scoring.scorer import Scorer
 from lark_fast.scoring.store import read_manifest
-from lark_fast.student import Student, fingerprint
+from lark_fast.student import Student
+from lark_fast.student_files import StudentFiles, find_student
 from tests.command import make_records, write_jsonl, write_student
 from tests.score_rows import IDENTITY, go_on, row, table
 from tests.templates import CHATML
@@ -118,15 +121,16 @@ class TestNumbers:
         other = byte_level_tokenizer(CHATML, vocab_size=410)
         more = byte_level_tokenizer(CHATML)
         more.add_special_tokens({"additional_special_tokens": ["<|more|>"]})
-        before = Student(tiny_llama(450), tokenizer, "a")
-        for after, message in (
-            (Student(tiny_llama(450), other, "b"), r"their tokenizers differ \(model\)"),
-            (Student(tiny_llama(450), more, "b"), r"their tokenizers differ \(added_tokens\)"),
-            (Student(tiny_llama(449), tokenizer, "b"), "their vocabularies have 450 and 449 words"),
-            (Student(tiny_llama(450, max_position_embeddings=99), tokenizer, "b"), "max_positions is 512 and 99"),
+        places = [StudentFiles(name=name, base=Path(name), adapter=None, tokenizer=Path(name)) for name in "ab"]
+        before = Student(tiny_llama(450), tokenizer, places[0])
+        for model, words, message in (
+            (tiny_llama(450), other, r"their tokenizers differ \(model\)"),
+            (tiny_llama(450), more, r"their tokenizers differ \(added_tokens\)"),
+            (tiny_llama(449), tokenizer, "their vocabularies have 450 and 449 words"),
+            (tiny_llama(450, max_position_embeddings=99), tokenizer, "max_positions is 512 and 99"),
         ):
             with pytest.raises(UserError, match=f"--before a and --after b are not two states of one .*: {message}$"):
-                PairedScorer(before, after)
+                PairedScorer(before, Student(model, words, places[1]))
 
 
 class TestStore:
@@ -244,7 +248,9 @@ class TestARun:
         assert said["paired_steps"] == 8
         assert "two are compared in float32" in done.stderr or not torch.cpu.get_capabilities().get("avx512_bf16")
         identity = read_manifest(out)["identity"]
-        assert [identity[name] for name in ("student", "after")] == [fingerprint(str(s))["weights"] for s in students]
+        assert [identity[name] for name in ("student", "after")] == [
+            find_student(s).fingerprint()["weights"] for s in students
+        ]
         assert identity["dtype"] == "float32"
 
     def test_stopped_and_gone_on_in_another_process(self, tmp_path, forks, pool, students, whole):
@@ -306,6 +312,22 @@ class TestARun:
         assert len(chosen) == 16
         for one in chosen:
             assert found[one["problem_id"], one["candidate_id"]] == best[one["problem_id"]]
+
+
+def test_a_base_is_for_the_adapters_among_the_two(tmp_path, students):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "moved/away"}))
+    whole, one, two = (str(path) for path in (students[0], tmp_path / "one", tmp_path / "two"))
+    for before, after in ((whole, one), (one, whole), (one, two)):
+        config = ScoreConfig(pool=(), student=before, after=after, out="s", base=str(students[1]))
+        found = students_of(config)
+        assert [files.name for files in found] == [before, after]
+        assert [files.base for files in found] == [
+            students[0] if name == whole else students[1] for name in (before, after)
+        ]
+    with pytest.raises(UserError, match="is no adapter"):
+        students_of(ScoreConfig(pool=(), student=whole, after=str(students[1]), out="s", base=whole))
 
 
 def test_steps_are_those_that_a_checkpoint_says(tmp_path, forks, pool, students):

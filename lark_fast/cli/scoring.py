@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lark_fast.cli.options import (
+    STUDENT_HELP,
     BaseOption,
     DeviceOption,
     DtypeOption,
@@ -40,7 +41,7 @@ class Export(StrEnum):
 def score(
     *,
     pool: PoolOption,
-    student: Annotated[str | None, typer.Option(help="Directory or Hugging Face id of the student.")] = None,
+    student: Annotated[str | None, typer.Option(help=STUDENT_HELP)] = None,
     before: Annotated[
         str | None, typer.Option(help="Instead of --student, with --after: two states of a student are compared.")
     ] = None,
