@@ -47,6 +47,12 @@ class ForwardCost:
     attention: tuple[tuple[str, float, float], ...]  # ("sliding" | "chunked", its size, FLOP a pair); full: inf
     head: float
 
+    def __add__(self, other: "ForwardCost") -> "ForwardCost":
+        """Of a pass through both."""
+        return ForwardCost(
+            body=self.body + other.body, attention=self.attention + other.attention, head=self.head + other.head
+        )
+
     @classmethod
     def of(cls, model: "PreTrainedModel") -> "ForwardCost":
         """The cost of a Transformers causal language model; one on the ``meta`` device does as well.

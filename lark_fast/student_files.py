@@ -90,6 +90,11 @@ def find_student(path: str | Path, base: str | None = None) -> StudentFiles:
     )
 
 
+def is_adapter(path: str | Path) -> bool:
+    """Whether a directory or hub id holds an adapter; see ``find_student``."""
+    return (_directory(str(path)) / ADAPTER_CONFIG).is_file()
+
+
 def found(student: "str | Path | StudentFiles") -> StudentFiles:
     """What was looked up already, or is now."""
     return student if isinstance(student, StudentFiles) else find_student(student)

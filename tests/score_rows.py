@@ -42,7 +42,7 @@ def write_window(store, rows):
     store.close_window([key(r) for r in rows])
 
 
-def go_on(directory, windows, identity=IDENTITY):
+def go_on(directory, windows, identity=IDENTITY, **facts):
     """What a run does: pack by pack, backwards as a window is sorted by length, what no earlier run has appended."""
     with ScoreStore(directory, identity) as store:
         finished = dict(store.scored_keys())
@@ -52,4 +52,4 @@ def go_on(directory, windows, identity=IDENTITY):
             for start in range(0, len(to_score), 3):
                 store.append(to_score[start : start + 3])
             store.close_window([key(r) for r in left])
-        store.finish()
+        store.finish(**facts)

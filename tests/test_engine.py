@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import GptOssConfig, MambaConfig
 
+from lark_fast.scoring.delta import DELTA
 from lark_fast.scoring.engine import _Writer
 from lark_fast.scoring.learnability import g_hat
 from lark_fast.scoring.metrics import Account
@@ -212,6 +213,7 @@ class TestAStoreThatWasBegun:
 COUNTS = {"records": 98, "scored": 96, "kept": 0, "rejected": 2, "truncated": 0}
 # As README and ``ScoreSummary.as_json`` have them.
 RUN = {"out", "complete", "dry_run", "first_rejects", "rows", "problems", "not_finite", *COUNTS}
+RUN |= {f"paired_{name}" for name in DELTA}  # None: this is one student
 ACCOUNT = {
     *("seconds", "device_seconds", "waiting_seconds", "render_seconds", "write_seconds", "finish_seconds"),
     *("rendered_tokens", "local_tokens", "devices"),

@@ -116,9 +116,12 @@ def test_teacher_takes_candidates_of_the_first_teachers(tmp_path):
         setup.select(policy="teacher", teacher_order=("gamma", "beta"))
 
 
-def test_local_needs_its_column(tmp_path):
+def test_what_was_not_scored_cannot_be_selected_by(tmp_path):
+    setup = Setup(tmp_path, RAGGED)
     with pytest.raises(UserError, match=r"has no column local_step_nll; .* --local-steps"):
-        Setup(tmp_path, RAGGED).select(policy="local")
+        setup.select(policy="local")
+    with pytest.raises(UserError, match=r"has no column rho_measured; .* --before and --after"):
+        setup.select(policy="measured")
 
 
 OWN = """
@@ -192,7 +195,7 @@ def test_every_policy_has_a_rule_here(tmp_path):
     """A policy by a name of its own is tested above; this is for the one that is added."""
     setup = Setup(tmp_path, RAGGED)
     extra = {"teacher": {"teacher_order": ("beta",)}}
-    for policy in POLICIES.keys() - {"local"}:
+    for policy in POLICIES.keys() - {"local", "measured"}:
         summary, lines = setup.select(policy=policy, **extra.get(policy, {}))
         assert summary.rows == len(lines) > 0
         totals = {}

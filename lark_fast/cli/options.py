@@ -51,9 +51,8 @@ PoolOption = Annotated[
     list[str],
     typer.Option(help="JSONL, JSON or Parquet (.gz, .zst too): a file, directory, glob or hub id. May be repeated."),
 ]
-StudentOption = Annotated[
-    str, typer.Option(help="Directory or Hugging Face id (org/name, org/name@revision) of the student or an adapter.")
-]
+STUDENT_HELP = "Directory or Hugging Face id (org/name, org/name@revision) of the student or an adapter."
+StudentOption = Annotated[str, typer.Option(help=STUDENT_HELP)]
 BaseOption = Annotated[str | None, typer.Option(help="The adapter's base, where it is not where the adapter says.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]

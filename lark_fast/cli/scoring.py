@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lark_fast.cli.options import (
+    STUDENT_HELP,
     BaseOption,
     DeviceOption,
     DtypeOption,
@@ -22,7 +23,6 @@ from lark_fast.cli.options import (
     RenderOption,
     Span,
     SpanOption,
-    StudentOption,
     System,
     SystemOption,
     TemplateOption,
@@ -33,8 +33,18 @@ from lark_fast.cli.options import (
 
 
 def score(
+    *,
     pool: PoolOption,
-    student: StudentOption,
+    student: Annotated[str | None, typer.Option(help=STUDENT_HELP)] = None,
+    before: Annotated[
+        str | None, typer.Option(help="Instead of --student, with --after: two states of a student are compared.")
+    ] = None,
+    after: Annotated[
+        str | None, typer.Option(help="The later of the two: loss_delta and rho_measured of each trajectory.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Between the two. Default: what --after says of itself, or 1.")
+    ] = None,
     out: Annotated[str, typer.Option(help="Directory of the scores; the same command again goes on where it stopped.")],
     base: BaseOption = None,
     top_k: Annotated[
@@ -82,10 +92,13 @@ def score(
     """One forward pass over every trajectory of a pool: nll, Brier score, entropy, rank, rho and g_hat."""
     from lark_fast.scoring.run import ScoreConfig, score_pool
 
+    _refuse_mixed(student, before, after, steps, local_steps)
     config = ScoreConfig(
         pool=tuple(pool),
-        student=student,
+        student=student if before is None else before,
         out=out,
+        after=after,
+        steps=steps,
         base=base,
         top_k=top_k,
         dtype=dtype,
@@ -115,3 +128,23 @@ def score(
     if not (summary.scored or summary.kept):
         print("lark-fast: nothing could be scored", file=sys.stderr)
         raise typer.Exit(3)
+
+
+def _refuse_mixed(
+    student: str | None, before: str | None, after: str | None, steps: int | None, local_steps: int | None
+) -> None:
+    """One student, or two states of one."""
+    from lark_fast.errors import UserError
+
+    if before is None and after is None:
+        if student is None:
+            raise UserError("--student is missing; or give two states of one, with --before and --after")
+        if steps is not None:
+            raise UserError("--steps lie between --before and --after, and there is one --student")
+        return
+    if student is not None:
+        raise UserError("--student goes alone; --before and --after are the two states that are compared")
+    if before is None or after is None:
+        raise UserError(f"--{'before' if before is None else 'after'} is missing: two states of a student are compared")
+    if local_steps is not None:
+        raise UserError("--local-steps takes one --student; give it a run and a directory of its own")

@@ -40,8 +40,8 @@ def select(
     policy: Annotated[
         str,
         typer.Option(
-            help="chi2, topb, kl, random, nll, local, perplexity, entropy, rsr, rho, brier, shortest, longest, "
-            "teacher, or module:function."
+            help="chi2, topb, kl, random, nll, local, perplexity, entropy, rsr, rho, measured, brier, shortest, "
+            "longest, teacher, or module:function."
         ),
     ] = "chi2",
     ties: Annotated[Ties, typer.Option(help="reference: ties as LARK's released code treats them.")] = Ties.exact,

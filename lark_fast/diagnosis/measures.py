@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from lark_fast.diagnosis.exact import cosines, cross_share, rate_gradient, relative_rate
 from lark_fast.intervals import Interval, clustered_interval, mean_interval
 from lark_fast.ranks import rank_correlation
-from lark_fast.scoring.learnability import g_hat, rho
-from lark_fast.training.probe import measured_rate
+from lark_fast.scoring.learnability import g_hat, measured_rate, rho
 
 Floats = NDArray[np.float64]
 Line = Mapping[str, Any]

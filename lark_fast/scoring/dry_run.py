@@ -26,8 +26,8 @@ SAMPLE_TOKENS = 1 << 17
 
 def dry_run(config: "ScoreConfig", pool: Pool) -> ScoreSummary:
     """Read, render and count the pool, measure the student's speed on its first records, say what a run will take."""
-    from lark_fast.flop import ForwardCost, matmul_ceiling
-    from lark_fast.scoring.estimate import Footprint, estimate
+    from lark_fast.flop import matmul_ceiling
+    from lark_fast.scoring.estimate import estimate
     from lark_fast.scoring.local import local_pieces
     from lark_fast.scoring.run import Rejects, load_scorer, make_feed
     from lark_fast.scoring.team import choose_devices
@@ -41,7 +41,7 @@ def dry_run(config: "ScoreConfig", pool: Pool) -> ScoreSummary:
     rejects = Rejects(config, summary)
     feed = make_feed(config, pool, scorer.renderer, student.device.type, _known(config), rejects)
     lengths, sample, sample_tokens = array("i"), [], 0
-    account, cost, local_flop = summary.account, ForwardCost.of(student.model), 0.0
+    account, cost, local_flop = summary.account, scorer.cost, 0.0
     started = time.monotonic()
     with track("rendering", pool.total_bytes) as progress:
         for item in feed:
@@ -65,9 +65,10 @@ def dry_run(config: "ScoreConfig", pool: Pool) -> ScoreSummary:
         np.asarray(lengths),
         account.scored_tokens,
         side_by_side * _speed(scorer, cost, sample, summary.ceiling),
-        footprint=Footprint.of(student.model),
+        footprint=scorer.footprint,
         tokens_per_batch=scorer.tokens_per_batch,
         per_token=config.per_token,
+        paired=config.after is not None,
         local_tokens=account.local_tokens,
         local_flop=local_flop,
     )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Of a trajectory in scores/: its row; with --per-token, each scored token's statistics.
 ROW_BYTES, TOKEN_STATISTICS_BYTES = 200, 20
+PAIRED_ROW_BYTES, PAIRED_TOKEN_BYTES = 24, 4  # more, of a pair
 # Of a token in a forward pass, whatever the model: ids, positions, labels and rows as int64, six statistics as float32.
 TOKEN_BYTES = 4 * 8 + 6 * 4
 # What ``Estimate.as_json`` has, each with "estimated_" in front.
@@ -68,6 +69,14 @@ class Footprint:
             weights=weights,
             token=numbers * size + TOKEN_BYTES,
             head=2 * 4 * rows * min(words, n_words),
+        )
+
+    def __add__(self, other: "Footprint") -> "Footprint":
+        """Of two models in one memory, through which packs pass one after the other."""
+        return Footprint(
+            weights=self.weights + other.weights,
+            token=max(self.token, other.token),
+            head=max(self.head, other.head),
         )
 
     def pack(self, tokens: int) -> float:
@@ -137,6 +146,7 @@ def estimate(
     footprint: Footprint,
     tokens_per_batch: int,
     per_token: bool = False,
+    paired: bool = False,
     local_tokens: int = 0,
     local_flop: float = 0.0,
 ) -> Estimate:
@@ -150,10 +160,14 @@ def estimate(
         footprint: of the student, in the dtype it will run in.
         tokens_per_batch: of a pack; a longer trajectory is a pack of its own.
         per_token: every token's statistics are stored too.
+        paired: of two states of the student, see ``paired``; ``cost`` and ``footprint`` are those of both.
         local_tokens, local_flop: of the passes that local scores take besides.
     """
     lengths = np.asarray(lengths)
     tokens, longest = int(lengths.sum(dtype=np.int64)), int(lengths.max(initial=0))
+    row_bytes, token_bytes = ROW_BYTES, TOKEN_STATISTICS_BYTES
+    if paired:
+        row_bytes, token_bytes = row_bytes + PAIRED_ROW_BYTES, token_bytes + PAIRED_TOKEN_BYTES
     pack_tokens = max(min(tokens_per_batch, max(tokens, local_tokens)), longest)
     return Estimate(
         records=len(lengths),
@@ -164,7 +178,7 @@ def estimate(
         pack_tokens=pack_tokens,
         weights_bytes=footprint.weights,
         pack_bytes=round(footprint.pack(pack_tokens)),
-        disk_bytes=ROW_BYTES * len(lengths) + (TOKEN_STATISTICS_BYTES * n_scored if per_token else 0),
+        disk_bytes=row_bytes * len(lengths) + (token_bytes * n_scored if per_token else 0),
     )
 
 

@@ -18,11 +18,10 @@ class Facts:
     Attributes:
         device_type: "cpu" or "cuda".
         dtype: of its parameters, without "torch.".
-        unpackable, length_regime, max_positions, vocab_size: see ``Student``.
+        length_regime, max_positions, vocab_size: see ``Student``.
         n_parameters: of the model.
-        tokens_per_batch: see ``Scorer``.
+        unpackable, tokens_per_batch, cost: see ``Scorer``.
         one_shape: see ``Layout``.
-        cost: its FLOP.
         ceiling: FLOP/s of the device's best matrix product.
     """
 
@@ -45,14 +44,14 @@ class Facts:
         return cls(
             device_type=student.device.type,
             dtype=str(student.dtype).removeprefix("torch."),
-            unpackable=student.unpackable,
+            unpackable=scorer.unpackable,
             length_regime=student.length_regime,
             max_positions=student.max_positions,
             vocab_size=student.vocab_size,
             n_parameters=scorer.n_parameters,
             tokens_per_batch=scorer.tokens_per_batch,
             one_shape=scorer.compile,
-            cost=ForwardCost.of(student.model),
+            cost=scorer.cost,
             ceiling=matmul_ceiling(student.device, student.dtype),
         )
 

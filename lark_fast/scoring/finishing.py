@@ -14,14 +14,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lark_fast.scoring.learnability import g_hat, rho
+from lark_fast.scoring.learnability import g_hat, measured_rate, rho
 from lark_fast.scoring.parts import STATISTICS, number_of_rows, part_files, reading, schema_of, write_part
 
 GROUP_ROWS = 1_000_000  # rows whose problems are grouped in memory at a time
 
 
-def add_learnability(directory: Path, identity: dict[str, Any]) -> dict[str, int]:
-    """Give all rows of a directory their rho and g_hat.
+def add_learnability(directory: Path, identity: dict[str, Any], steps: int | None = None) -> dict[str, int]:
+    """Give all rows of a directory their rho and g_hat, and of a pair their rho_measured.
+
+    Args:
+        directory: of the parts.
+        identity: of the store.
+        steps: between the two states of the student, of a pair.
 
     Returns:
         The numbers of ``rows``, of ``problems``, and of rows without a g_hat, ``not_finite``.
@@ -53,7 +58,7 @@ def add_learnability(directory: Path, identity: dict[str, Any]) -> dict[str, int
             moved = np.flatnonzero(first != np.arange(len(first)))
             origin.update(zip(rows[moved].tolist(), rows[first[moved]].tolist(), strict=True))
         final = schema_of(identity, final=True)
-        _rewrite(parts, sizes, score, final, values, origin)
+        _rewrite(parts, sizes, score, final, values, origin, steps)
         not_finite = int(np.count_nonzero(np.isnan(values)))
     return {"rows": total, "problems": problems, "not_finite": not_finite}
 
@@ -85,7 +90,13 @@ def _read_group(parts: list[Path], sizes: list[int], score: str, group: int, gro
 
 
 def _rewrite(
-    parts: list[Path], sizes: list[int], score: str, final: pa.Schema, values: np.ndarray, origin: dict[int, int]
+    parts: list[Path],
+    sizes: list[int],
+    score: str,
+    final: pa.Schema,
+    values: np.ndarray,
+    origin: dict[int, int],
+    steps: int | None,
 ) -> None:
     """Give every part its final columns. Rows with the tokens of an earlier candidate take that one's numbers."""
     shared = [name for name in STATISTICS if name in final.names]
@@ -104,6 +115,8 @@ def _rewrite(
                 numbers[row] = tuple(columns[name][row - start] for name in shared)
         columns["rho"] = rho(columns["nll"], columns[score])
         columns["g_hat"] = values[start : start + size]
+        if "rho_measured" in final.names:
+            columns["rho_measured"] = measured_rate(columns["nll"], columns["nll_after"], steps)
         if not _holds(table, columns, final):
             made = [pa.array(columns[n], pa.float64()) if n in columns else table[n] for n in final.names]
             write_part(part, pa.table(made, schema=final))

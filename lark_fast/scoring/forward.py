@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lark_fast.batch import Batch
+from lark_fast.batch import Batch, Inputs
 from lark_fast.kernels.token_stats import STATISTICS, TokenStats, token_stats
 from lark_fast.kernels.trajectory_reduce import TrajectoryReduction, trajectory_reduce
 from lark_fast.scoring.layout import Layout
@@ -26,6 +26,7 @@ class Scored(NamedTuple):
     means: dict[str, float | None]  # over its scored tokens, by the names of ``TrajectoryStats``
     n_tokens: int  # scored
     tokens: TokenStats | None  # their statistics, on the CPU; None where another process has scored and nobody asked
+    nll_after: Tensor | None = None  # theirs under a later state of the student, as ``tokens``; see ``paired``
 
 
 class Failed(NamedTuple):
@@ -145,9 +146,17 @@ class Passes:
     def _launch(self, batch: Batch) -> "_Pending":
         clock = _Clock(self.student.head_device)
         inputs = batch.on(self.student.device, self.student.head_device)
-        hidden = self.student.hidden(inputs.ids, inputs.pack, inputs.places)
-        head = self.student.head
-        stats = token_stats(
+        return _Pending(batch, self._numbers(batch, inputs), inputs.ends, clock)
+
+    def _numbers(self, batch: Batch, inputs: Inputs) -> "Numbers":
+        """Everything that a pass comes to, on the student's device."""
+        stats = self._stats(self.student, inputs, self.top_k)
+        return Numbers(stats, columns_of(trajectory_reduce(stats, inputs.ends)))
+
+    def _stats(self, student: Student, inputs: Inputs, top_k: int | None) -> TokenStats:
+        hidden = student.hidden(inputs.ids, inputs.pack, inputs.places)
+        head = student.head
+        return token_stats(
             hidden.flatten(0, 1),
             head.weight,
             inputs.targets,
@@ -155,11 +164,31 @@ class Passes:
             bias=head.bias,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
-            top_k=self.top_k,
+            top_k=top_k,
             statistics=self.statistics,
             impl=self.impl,
         )
-        return _Pending(batch, stats, trajectory_reduce(stats, inputs.ends), inputs.ends, clock)
+
+
+class Numbers(NamedTuple):
+    """What a pass comes to: statistics of its scored tokens, a column a mean of trajectories, see ``Scored``."""
+
+    stats: TokenStats
+    columns: dict[str, Tensor | None]
+    nll_after: Tensor | None = None
+
+
+def columns_of(reduction: TrajectoryReduction) -> dict[str, Tensor | None]:
+    """What ``Scored.means`` has, ``[N]`` each."""
+    means = reduction.means
+    return {
+        "nll": means.nll,
+        "brier": means.brier,
+        "brier_topk": means.brier_topk,
+        "entropy": means.entropy,
+        "rank_mean": means.rank,
+        "rsr": reduction.rsr,
+    }
 
 
 class _Clock:
@@ -193,22 +222,12 @@ class _Clock:
 class _Pending:
     """A pass whose numbers are on their way to the host."""
 
-    def __init__(
-        self, batch: Batch, stats: TokenStats, reduction: TrajectoryReduction, ends: Tensor, clock: _Clock
-    ) -> None:
+    def __init__(self, batch: Batch, numbers: Numbers, ends: Tensor, clock: _Clock) -> None:
         self.batch, self._clock = batch, clock
-        means = reduction.means
-        columns = {
-            "nll": means.nll,
-            "brier": means.brier,
-            "brier_topk": means.brier_topk,
-            "entropy": means.entropy,
-            "rank_mean": means.rank,
-            "rsr": reduction.rsr,
-        }
         # From a GPU into pinned memory, without a wait.
-        self._columns = {name: _to_host(column) for name, column in columns.items()}
-        self._stats, self._ends = stats.map(_to_host), _to_host(ends)
+        self._columns = {name: _to_host(column) for name, column in numbers.columns.items()}
+        self._stats, self._ends = numbers.stats.map(_to_host), _to_host(ends)
+        self._nll_after = _to_host(numbers.nll_after)
         clock.stop()
 
     def result(self) -> list[Scored]:
@@ -220,6 +239,7 @@ class _Pending:
                 {name: None if column is None else column[row] for name, column in numbers.items()},
                 end - start,
                 self._stats.map(lambda values, a=start, b=end: values[a:b]),
+                None if self._nll_after is None else self._nll_after[start:end],
             )
             for row, (start, end) in enumerate(itertools.pairwise(self._ends.tolist()))
         ]

@@ -71,6 +71,23 @@ def g_hat(nll: ArrayLike, brier: ArrayLike, problem: ArrayLike) -> NDArray[np.fl
     return np.where(usable, nll / total * (2.0 * own_rho - rho_nll / total), np.nan)
 
 
+def measured_rate(nll_before: ArrayLike, nll_after: ArrayLike, steps: int) -> NDArray[np.float64]:
+    """rho_measured = -log(nll_after / nll_before) / steps: how fast a trajectory was learnt, which rho stands in for.
+
+    Args:
+        nll_before: ``[N]`` mean nll of each trajectory at one state of the student.
+        nll_after: ``[N]`` the same at a later one.
+        steps: between the two.
+
+    Returns:
+        ``[N]``, a step; NaN where either nll is 0.
+    """
+    before, after = np.asarray(nll_before, dtype=np.float64), np.asarray(nll_after, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rate = -np.log(after / before) / steps
+    return np.where((before > 0) & (after > 0), rate, np.nan)
+
+
 def _sum_by(members: NDArray[Any], values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Each element's group sum."""
     return np.bincount(members, weights=values)[members] if len(values) else values

@@ -155,14 +155,16 @@ def read_shards(directories: Sequence[str]) -> list[_Shard]:
 
 
 def _refuse_stranger(shard: _Shard, first: _Shard) -> None:
-    own, others = (one.manifest["identity"] | {"shard": None} for one in (shard, first))
+    if "share" not in shard.manifest:
+        command = f"`lark-fast score --shard {shard.share} --out {shard.directory}`"
+        raise UserError(f"{shard.directory}: is not finished; run its {command} command again")
+    own, others = (
+        one.manifest["identity"] | {"shard": None, "steps": one.manifest.get("steps")} for one in (shard, first)
+    )
     differing = [name for name in {**others, **own} if others.get(name) != own.get(name)]
     if differing:
         told = "; ".join(f"{name} is {own.get(name)!r}, there {others.get(name)!r}" for name in differing)
         raise UserError(f"{shard.directory}: was scored otherwise than {first.directory} ({told}); score it again")
-    if "share" not in shard.manifest:
-        command = f"`lark-fast score --shard {shard.share} --out {shard.directory}`"
-        raise UserError(f"{shard.directory}: is not finished; run its {command} command again")
     if shard.manifest["share"] != first.manifest["share"]:
         own, others = (_pool_in_words(one.manifest["share"]) for one in (shard, first))
         raise UserError(
@@ -223,6 +225,7 @@ def _build(shards: Sequence[_Shard], building: Path, of: str) -> None:
             rejected = _write_rejects(shards, rows, lost, building / REJECTS)
             _write_metrics(shards, building / METRICS)
             store.finish(
+                steps=first.get("steps"),
                 config=first["config"],
                 counts={"records": first["share"]["records"], "rejected": rejected},
                 timing=_timing(shards),

@@ -13,24 +13,32 @@ from lark_fast.errors import UserError
 from lark_fast.files import atomic_path
 
 LOCAL = ("local_nll", "local_step_nll")  # see ``local``
-STATISTICS = ("nll", "brier", "brier_topk", "entropy", "rank_mean", "rsr", *LOCAL)
+PAIRED = ("nll_after", "loss_delta")  # see ``paired``
+STATISTICS = ("nll", "brier", "brier_topk", "entropy", "rank_mean", "rsr", *LOCAL, *PAIRED)
 PER_TOKEN = {
     "token_nll": pa.float32(),
     "token_brier": pa.float32(),
     "token_brier_topk": pa.float32(),
     "token_entropy": pa.float32(),
     "token_rank": pa.int32(),
+    "token_nll_after": pa.float32(),
 }
 
 
 def schema(
-    *, top_k: int | None, per_token: bool = False, local: bool = False, share: bool = False, final: bool = False
+    *,
+    top_k: int | None,
+    per_token: bool = False,
+    local: bool = False,
+    paired: bool = False,
+    share: bool = False,
+    final: bool = False,
 ) -> pa.Schema:
     """Columns of a part, raw or final. Those of a share of a pool know their places in the pool, see ``merging``."""
-    left_out = {*(() if local else LOCAL), *(("brier_topk",) if top_k is None else ())}
+    left_out = {*(() if local else LOCAL), *(() if paired else PAIRED), *(("brier_topk",) if top_k is None else ())}
     statistics = [name for name in STATISTICS if name not in left_out]
-    tokens = [name for name in PER_TOKEN if per_token and (name != "token_brier_topk" or top_k is not None)]
-    derived = ["rho", "g_hat"] if final else []
+    tokens = [name for name in PER_TOKEN if per_token and name.removeprefix("token_") not in left_out]
+    derived = ["rho", "g_hat", *(["rho_measured"] if paired else [])] if final else []
     return pa.schema(
         [
             ("problem_id", pa.string()),
@@ -56,6 +64,7 @@ def schema_of(identity: dict[str, Any], *, final: bool = False) -> pa.Schema:
         per_token=identity["per_token"],
         # Stores begun before there were any do not say.
         local=identity.get("local_steps") is not None,
+        paired=identity.get("after") is not None,
         share=identity.get("shard") is not None,
         final=final,
     )

@@ -20,12 +20,13 @@ from lark_fast.pool.reading import Pool
 from lark_fast.pool.shares import Share
 from lark_fast.progress import Progress, Throughput, track
 from lark_fast.rendering.renderer import Renderer, RenderOptions
+from lark_fast.scoring.delta import read_delta
 from lark_fast.scoring.export import export_lark_json
 from lark_fast.scoring.feed import Feed, Trajectory, default_workers
 from lark_fast.scoring.metrics import MetricsLog
 from lark_fast.scoring.store import ScoreStore, read_manifest
 from lark_fast.scoring.summary import ScoreSummary
-from lark_fast.student_files import find_student
+from lark_fast.student_files import StudentFiles, find_student, is_adapter
 from lark_fast.versions import versions
 
 if TYPE_CHECKING:
@@ -40,8 +41,10 @@ class ScoreConfig:
     """What ``lark-fast score`` was asked to do."""
 
     pool: tuple[str, ...]
-    student: str
+    student: str  # or the earlier of two states of one
     out: str
+    after: str | None = None  # the later one, see ``paired``
+    steps: int | None = None  # between the two; None: what ``after`` says of itself
     base: str | None = None  # of an adapter, instead of the one that it names
     top_k: int | None = None
     dtype: str = "auto"
@@ -90,9 +93,10 @@ def score_pool(config: ScoreConfig) -> ScoreSummary:
         ScoreStore(config.out, _identity(config, place), overwrite=config.overwrite) as store,
         writing_to(config.out),
     ):
+        steps = _steps(config, store)
         _score(config, pool, place, store, summary, interrupts)
         started = time.monotonic()
-        _finish(config, pool, place, store, summary)
+        _finish(config, pool, place, store, summary, steps)
         summary.account.finish_seconds = time.monotonic() - started
     return summary
 
@@ -121,31 +125,47 @@ def _open_place(config: ScoreConfig) -> Iterator["Place"]:
 
 def load_scorer(config: ScoreConfig) -> "Scorer":
     """The student and what goes with it, as asked for."""
+    from lark_fast.scoring.paired import PairedScorer
     from lark_fast.scoring.scorer import Scorer
-    from lark_fast.student import load_student
+    from lark_fast.student import choose_device, load_student
 
     dtype = config.dtype
     if dtype == "auto" and not config.overwrite:
         # A store that has been begun goes on in its own precision, wherever it was begun.
         dtype = _stored_dtype(config.out)
+    files = students_of(config)
+    if dtype == "auto" and config.after is not None and choose_device(config.device).type == "cpu":
+        # What a few steps change can be less than what bfloat16 rounds off. Quantisers have a dtype of their own.
+        dtype = "auto" if files[0].quantised else "float32"
     if config.compile and config.device_map is not None:
         raise UserError("--compile: does not go with --device-map, whose hooks no compiler sees through")
-    student = load_student(
-        config.student,
-        base=config.base,
-        device=config.device,
-        dtype=dtype,
-        device_map=config.device_map,
-        trust_remote_code=config.trust_remote_code,
-    )
-    return Scorer(
-        student,
-        top_k=config.top_k,
-        options=config.options.fitting(student.max_positions),
-        chat_template=config.chat_template,
-        tokens_per_batch=config.tokens_per_batch,
-        compile=config.compile,
-    )
+    how = {
+        "device": config.device,
+        "device_map": config.device_map,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    student = load_student(files[0], dtype=dtype, **how)
+    options = {
+        "top_k": config.top_k,
+        "options": config.options.fitting(student.max_positions),
+        "chat_template": config.chat_template,
+        "tokens_per_batch": config.tokens_per_batch,
+        "compile": config.compile,
+    }
+    if config.after is None:
+        return Scorer(student, **options)
+    after = load_student(files[1], dtype=str(student.dtype).removeprefix("torch."), **how)
+    return PairedScorer(student, after, **options)
+
+
+def students_of(config: ScoreConfig) -> list[StudentFiles]:
+    """Where the student is, or two states of one, of which ``--base`` is for the adapters."""
+    if config.after is None:
+        return [find_student(config.student, config.base)]
+    paths = (config.student, config.after)
+    adapters = [is_adapter(path) for path in paths]
+    given = [config.base if adapter or not any(adapters) else None for adapter in adapters]
+    return [find_student(path, base) for path, base in zip(paths, given, strict=True)]
 
 
 def _stored_dtype(out: str) -> str:
@@ -216,6 +236,8 @@ def _score(
     for key, content in store.scored_keys():
         known.add(key, content, met=False)
     summary.ceiling, summary.account.devices = place.devices * facts.ceiling, place.devices
+    if config.after is not None and config.dtype == "auto" and not _begun(store):
+        _say_in_what_precision(facts)
     if facts.unpackable is not None:
         _say(f"{facts.unpackable}: trajectories are scored in padded batches")
     with (
@@ -253,10 +275,13 @@ def _score(
         )
 
 
+def _begun(store: ScoreStore) -> bool:
+    return bool(store.parts() or store.unfinished)
+
+
 def _chose_bfloat16(config: ScoreConfig, store: ScoreStore, facts: "Facts") -> bool:
     """Whether this run has decided on bfloat16 by itself, for a student that may be of another precision."""
-    begun = bool(store.parts() or store.unfinished)
-    return config.dtype == "auto" and not begun and facts.device_type == "cpu" and facts.dtype == "bfloat16"
+    return config.dtype == "auto" and not _begun(store) and facts.device_type == "cpu" and facts.dtype == "bfloat16"
 
 
 def _say_what_rounding_costs(config: ScoreConfig, place: "Place", feed: Feed) -> Iterator[Trajectory]:
@@ -270,6 +295,35 @@ def _say_what_rounding_costs(config: ScoreConfig, place: "Place", feed: Feed) ->
     _say(f"scoring in bfloat16, which this processor has{measured}; --dtype float32 does without")
     yield from first
     yield from stream
+
+
+def _say_in_what_precision(facts: "Facts") -> None:
+    """Two states of a student are compared, and nobody has chosen a precision."""
+    from lark_fast.student import choose_device, multiplies_bfloat16
+
+    rounding = "what a few steps change can be less than bfloat16 rounds off"
+    if facts.dtype != "float32":
+        _say(f"the two are compared in {facts.dtype}; {rounding}, and --dtype float32 does not")
+    elif multiplies_bfloat16(choose_device(facts.device_type)):
+        _say(f"the two are compared in float32: {rounding}; --dtype bfloat16 is faster")
+
+
+def _steps(config: ScoreConfig, store: ScoreStore) -> int | None:
+    """Between two states of a student; None where there is one."""
+    if config.after is None or config.steps is not None:
+        return config.steps
+    from lark_fast.training.state import MANIFEST, steps_from
+
+    identity = store.identity
+    steps = steps_from({"weights": identity["student"], "adapter": identity.get("adapter")}, config.after)
+    if steps is None:
+        _say(
+            "how many steps lie between the two is not known, so rho_measured is of all of them together; --steps N "
+            "makes it a step's"
+        )
+        return 1
+    _say(f"{steps:,} steps lie between the two, as {Path(config.after) / MANIFEST} says: rho_measured is a step's")
+    return steps
 
 
 class _Watch:
@@ -324,10 +378,17 @@ def _say(text: str) -> None:
 
 def _identity(config: ScoreConfig, place: "Place") -> dict[str, Any]:
     """Everything that decides the numbers."""
-    prints = find_student(config.student, config.base).fingerprint()
+    prints, *later = (files.fingerprint() for files in students_of(config))
+    # Of the later of two states; the two have one tokenizer.
+    after = {
+        f"after_{part}".removesuffix("_weights"): other[part]
+        for other in later
+        for part in other.keys() - {"tokenizer"}
+    }
     return {
         "student": prints.pop("weights"),
         **prints,
+        **after,
         "template": place.renderer.template_hash,
         "dtype": place.facts.dtype,
         "top_k": config.top_k,
@@ -359,19 +420,25 @@ def _row(item: Trajectory, scored: "Scored", per_token: bool) -> dict[str, Any]:
             for name in ("nll", "brier", "brier_topk", "entropy", "rank")
             if (values := getattr(scored.tokens, name)) is not None
         }
+        if scored.nll_after is not None:
+            row["token_nll_after"] = scored.nll_after.numpy()
     return row
 
 
-def _finish(config: ScoreConfig, pool: Pool, place: "Place", store: ScoreStore, summary: ScoreSummary) -> None:
+def _finish(
+    config: ScoreConfig, pool: Pool, place: "Place", store: ScoreStore, summary: ScoreSummary, steps: int | None
+) -> None:
     account = summary.account.as_json(summary.ceiling)
     timing = {
         name: account[name]
         for name in ("seconds", "input_tokens", "scored_tokens", "tokens_per_second", "ceiling_share")
     }
     manifest = store.finish(
+        steps=steps,
         config={
             "student": config.student,
             "base": config.base,
+            "after": config.after,
             "pool": list(config.pool),
             "limit": config.limit,
             "max_length": config.options.max_length,
@@ -388,6 +455,8 @@ def _finish(config: ScoreConfig, pool: Pool, place: "Place", store: ScoreStore, 
     )
     for name in ("rows", "problems", "not_finite"):
         setattr(summary, name, manifest["counts"].get(name))
+    if steps is not None and pool.share is None:
+        summary.delta = read_delta(store.directory, steps)
     summary.complete = True
     if config.export == "lark-json":
         export_lark_json(store.directory)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lark_fast.batch import Sequences
 from lark_fast.errors import RejectError
+from lark_fast.flop import ForwardCost
 from lark_fast.kernels.token_stats import IGNORE_INDEX, STATISTICS, TokenStats
 from lark_fast.packing import window_tokens
 from lark_fast.pool.records import Record, normalise
@@ -48,6 +49,8 @@ class TrajectoryStats:
     token_hash: bytes  # 16 bytes; equal for equal token ids and scored positions
     local_nll: float | None = None  # nats, see ``lark_fast.scoring.local``; None where nobody asked
     local_step_nll: float | None = None
+    nll_after: float | None = None  # nats, see ``lark_fast.scoring.paired``; None of a single student
+    loss_delta: float | None = None
 
     @property
     def brier_used(self) -> float:
@@ -131,12 +134,33 @@ class Scorer:
     @property
     def n_parameters(self) -> int:
         """Of the model."""
-        return sum(parameter.numel() for parameter in self.student.model.parameters())
+        return sum(parameter.numel() for student in self.students for parameter in student.model.parameters())
 
     @property
     def tokens_per_window(self) -> int:
         """How many tokens are best brought together before they are scored; see ``lark_fast.packing``."""
         return window_tokens(self.n_parameters, self.tokens_per_batch, self.student.device.type)
+
+    def students(self) -> tuple[Student, ...]:
+        """All that a trajectory passes through."""
+        return (self.student,)
+
+    @property
+    def unpackable(self) -> str | None:
+        """Why sequences cannot share a row, see ``Student``."""
+        return next((why for student in self.students if (why := student.unpackable) is not None), None)
+
+    @property
+    def cost(self) -> ForwardCost:
+        """FLOP of its passes."""
+        first, *others = (ForwardCost.of(student.model) for student in self.students)
+        return sum(others, first)
+
+    @property
+    def footprint(self) -> Footprint:
+        """Memory that it takes."""
+        first, *others = (Footprint.of(student.model) for student in self.students)
+        return sum(others, first)
 
     @classmethod
     def from_pretrained(
@@ -263,25 +287,25 @@ class Scorer:
     @contextmanager
     def passes(self, statistics: Collection[str] = STATISTICS) -> Iterator[Passes]:
         """The student made ready for forward passes; afterwards it is as it was. ``statistics``: as ``token_stats``."""
-        student, was_training = self.student, self.student.model.training
-        student.model.eval()
-        try:
-            passes = Passes(
-                student,
-                top_k=self.top_k,
-                impl=self.impl,
-                tokens_per_batch=self.tokens_per_batch,
-                one_shape=self.compile,
-                statistics=statistics,
-            )
-            with ExitStack() as stack:
+        passes = self._new_passes(
+            top_k=self.top_k,
+            impl=self.impl,
+            tokens_per_batch=self.tokens_per_batch,
+            one_shape=self.compile,
+            statistics=statistics,
+        )
+        with ExitStack() as stack:
+            for student in self.students:
+                stack.callback(student.model.train, student.model.training)
+                student.model.eval()
                 if passes.layout.packed:
                     stack.enter_context(student.packing())
                 if self.compile:
                     stack.enter_context(student.compiled())
-                yield passes
-        finally:
-            student.model.train(was_training)
+            yield passes
+
+    def _new_passes(self, **how: Any) -> Passes:
+        return Passes(self.student, **how)
 
 
 def _fitting_tokens(student: Student) -> int:

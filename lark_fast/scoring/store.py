@@ -147,18 +147,22 @@ class ScoreStore:
                 raise ValueError(f"{key} was never appended to its window")
         self._write_part(keys)
 
-    def finish(self, **facts: Any) -> dict[str, Any]:
+    def finish(self, *, steps: int | None = None, **facts: Any) -> dict[str, Any]:
         """Add rho and g_hat to every row, then call the store complete; returns the manifest.
 
-        Rows of windows that were never closed become parts first. A ``share`` of a pool is never complete: it has some
-        of a problem's candidates, and g_hat is made of all.
+        Of a pair rho_measured too, for which ``steps`` is needed. Rows of windows that were never closed become parts
+        first. A ``share`` of a pool is never complete: it has some of a problem's candidates, and g_hat is made of all.
         """
         while len(self._windows) > 1 or self._windows[0].place:
             self._write_part([])
         self._windows[0].journal.remove()
         counts, complete = facts.pop("counts", {}), "share" not in facts
-        counts |= add_learnability(self.directory, self.identity) if complete else {"rows": rows_of(self.directory)}
-        return self.write_manifest(complete=complete, counts=counts, **facts)
+        if steps is not None:
+            facts["steps"] = steps
+            if self.manifest.get("steps") != steps:
+                self._not_complete()
+        made = add_learnability(self.directory, self.identity, steps) if complete else {"rows": rows_of(self.directory)}
+        return self.write_manifest(complete=complete, counts=counts | made, **facts)
 
     def write_manifest(self, *, complete: bool, **facts: Any) -> dict[str, Any]:
         """Write manifest.json; ``facts`` are counts, timing, versions."""

@@ -8,6 +8,7 @@ from typing import Any
 from lark_fast.flop import with_prefix
 from lark_fast.pool.shares import Share
 from lark_fast.progress import duration
+from lark_fast.scoring.delta import DELTA, Delta
 from lark_fast.scoring.estimate import ESTIMATED, Estimate
 from lark_fast.scoring.metrics import Account
 
@@ -38,6 +39,7 @@ class ScoreSummary:
     share: Share | None = None  # of the pool; None: all of it
     dry_run: bool = False  # nothing was written, and ``scored`` counts what could be scored
     estimate: Estimate | None = None  # of a dry run
+    delta: Delta | None = None  # of two states of a student
 
     records = _of_account("records")
     scored = _of_account("scored")
@@ -100,6 +102,8 @@ class ScoreSummary:
         else:
             others = f"`lark-fast merge` makes one store of all {self.share.of}"
             lines.append(f"{self.out}: {self.rows:,} trajectories, share {self.share}; {others}")
+        if self.delta is not None:
+            lines += self.delta.lines()
         if self.not_finite:
             lines.append(f"{self.not_finite:,} trajectories have no g_hat (statistics that are not finite, or nll 0)")
         return lines
@@ -140,12 +144,14 @@ class ScoreSummary:
         rows, problems, not_finite                  what the store now holds; of a share the rows alone
         seconds, *_seconds, *_tokens, *_share, ...  the rest of ``Account.as_json``
         estimated_*                                 ``Estimate.as_json``, of a dry run
+        paired_*                                    ``Delta.as_json``, of two states of a student
         """
         unknown = {f"estimated_{name}": None for name in ESTIMATED}
         estimated = self.estimate.as_json() if self.estimate else unknown
+        delta = self.delta.as_json() if self.delta else {f"paired_{name}": None for name in DELTA}
         own = ("truncated", "first_rejects", "rows", "problems", "not_finite")
         run = {"out": self.out, "complete": self.complete, "dry_run": self.dry_run}
         account = self.account.as_json(self.ceiling)
         if self.dry_run:  # its seconds are those of rendering
             account |= dict.fromkeys(OF_PASSES)
-        return run | account | {name: getattr(self, name) for name in own} | estimated
+        return run | account | {name: getattr(self, name) for name in own} | estimated | delta

@@ -25,10 +25,9 @@ from lark_fast.scoring.facts import Facts
 from lark_fast.scoring.feed import Trajectory
 from lark_fast.scoring.forward import Failed, Scored, Until, Work
 from lark_fast.scoring.place import OnPiece
-from lark_fast.scoring.run import ScoreConfig
+from lark_fast.scoring.run import ScoreConfig, students_of
 from lark_fast.scoring.team_member import Asked, Broken, PieceDone, Pulled, Ready, Refused, Result, serve
 from lark_fast.student import load_tokenizer
-from lark_fast.student_files import find_student
 
 MOST_LOSSES = 3  # of a pass, before its trajectories are tried singly; of a device in a row, before it is left out
 WINDOWS_AHEAD = 2
@@ -124,8 +123,7 @@ class Team:
                 self._hear(None)
             self.layout = self.facts.layout()
             self.options = self._config.options.fitting(self.facts.max_positions)
-            files = find_student(self._config.student, self._config.base)
-            tokenizer = load_tokenizer(files, self._config.trust_remote_code)
+            tokenizer = load_tokenizer(students_of(self._config)[0], self._config.trust_remote_code)
             self.renderer = Renderer(
                 tokenizer,
                 self.options,

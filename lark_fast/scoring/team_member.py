@@ -74,16 +74,19 @@ class SentScore(NamedTuple):
     means: dict[str, float | None]
     n_tokens: int
     tokens: TokenStats | None
+    nll_after: NDArray[np.float32] | None
 
     @classmethod
     def of(cls, scored: Scored, with_tokens: bool) -> "SentScore":
         """Without its tokens' statistics where nobody asks for them."""
         tokens = scored.tokens.map(lambda values: values.numpy()) if with_tokens else None
-        return cls(scored.means, scored.n_tokens, tokens)
+        after = scored.nll_after.numpy() if with_tokens and scored.nll_after is not None else None
+        return cls(scored.means, scored.n_tokens, tokens, after)
 
     def unpacked(self) -> Scored:
         """As it was."""
-        return Scored(self.means, self.n_tokens, self.tokens and self.tokens.map(torch.from_numpy))
+        after = None if self.nll_after is None else torch.from_numpy(self.nll_after)
+        return Scored(self.means, self.n_tokens, self.tokens and self.tokens.map(torch.from_numpy), after)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

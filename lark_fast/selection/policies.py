@@ -117,6 +117,7 @@ POLICIES = {
     "entropy": highest("entropy"),  # uncertainty sampling
     "rsr": lowest("rsr"),  # Rank-Surprisal Ratio, arXiv 2601.14249
     "rho": highest("rho"),  # the learnability factor's proxy by itself
+    "measured": highest("rho_measured"),  # what it stands in for: what a few steps have taught fastest
     "brier": highest("brier"),  # the squared error norm of EL2N (arXiv 2107.07075), a token
     "shortest": lowest("n_tokens"),
     "longest": highest("n_tokens"),

@@ -187,7 +187,11 @@ def _hashes(texts: pa.Array) -> NDArray[np.uint64]:
 
 
 def _remedy(column: str) -> str:
-    asks = {"brier_topk": " with --top-k", "local_step_nll": " with --local-steps, into another directory"}
+    asks = {
+        "brier_topk": " with --top-k",
+        "local_step_nll": " with --local-steps, into another directory",
+        "rho_measured": " with --before and --after in place of --student, into another directory",
+    }
     return f"run the same `lark-fast score` command again{asks.get(column, '')}"
 
 

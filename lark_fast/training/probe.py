@@ -1,6 +1,6 @@
 """Trajectories whose nll is measured before and after training: how fast each was learnt, for rho to be judged by.
 
-loss_delta = mean_t(nll_before - nll_after), and rho_measured = -log(nll_after / nll_before) / steps, of the means.
+loss_delta = mean_t(nll_before - nll_after), and rho_measured is ``measured_rate`` of the means.
 """
 
 from pathlib import Path
@@ -8,22 +8,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from lark_fast.files import atomic_path
+from lark_fast.scoring.learnability import measured_rate
 from lark_fast.training.data import TrainingSet
 from lark_fast.training.step import reduce_nll
 
 FILE = "probe.parquet"
-
-
-def measured_rate(nll_before: ArrayLike, nll_after: ArrayLike, steps: int) -> NDArray[np.float64]:
-    """``[N]`` mean nll of trajectories at two states -> rho_measured, a step; NaN where either is 0."""
-    before, after = np.asarray(nll_before, dtype=np.float64), np.asarray(nll_after, dtype=np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rate = -np.log(after / before) / steps
-    return np.where((before > 0) & (after > 0), rate, np.nan)
 
 
 def write_probe(out: Path, data: TrainingSet, before: Tensor, after: Tensor, steps: int) -> str:

@@ -37,6 +37,28 @@ TRACKED = ("tensorboard", "wandb")  # directories of trackers
 CONFIGS = ("config.json", "adapter_config.json")
 
 
+def steps_from(student: Mapping[str, str], checkpoint: str | Path) -> int | None:
+    """How many steps a checkpoint is away from the student that its run began with.
+
+    Args:
+        student: the fingerprint of that student.
+        checkpoint: directory.
+
+    Returns:
+        None where the directory does not say so: no finished run's, or one that began elsewhere.
+    """
+    try:
+        manifest = json.loads((Path(checkpoint) / MANIFEST).read_text(encoding="utf-8"))
+        ours = manifest["kind"] == "training" and manifest["complete"]
+        begun_with = manifest["identity"]["student"]
+        if not ours or any(begun_with.get(part) != student.get(part) for part in ("weights", "adapter")):
+            return None
+        best = manifest["best_step"]
+        return (manifest["counts"]["steps"] if best is None else best) or None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # not there, or some other program's
+        return None
+
+
 class RunDirectory:
     """One training run's directory.
 
