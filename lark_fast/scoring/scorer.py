@@ -141,6 +141,7 @@ class Scorer:
         """How many tokens are best brought together before they are scored; see ``lark_fast.packing``."""
         return window_tokens(self.n_parameters, self.tokens_per_batch, self.student.device.type)
 
+    @property
     def students(self) -> tuple[Student, ...]:
         """All that a trajectory passes through."""
         return (self.student,)
