@@ -2,8 +2,10 @@
 
 import json
 import runpy
+import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ def example(name):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_score_one_gives_the_reference_numbers(name):
-    score_one = example("score_one")["score_one"]
+    score_one = example("patch_scorer")["score_one"]
     model = TINY_MODELS[name](400)
     ids = torch.randint(0, 400, (57,), generator=torch.Generator().manual_seed(3)).tolist()
     got = score_one(model, ids, 11, len(ids), 50, "cpu")
@@ -112,3 +114,75 @@ def test_trl_weights_trains_on_a_selection(tmp_path):
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert losses[2] < losses[0]
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.fixture
+def stands_alone(tmp_path, monkeypatch, capsys, one_thread):
+    """Runs an example as a program in an empty directory; returns what it prints."""
+    from lark_fast.scoring import facts
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(facts, "matmul_ceiling", lambda *_: 1e12)  # takes longer than the examples
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def selected(path):
+    """Rows of a selection by their problem."""
+    rows = {}
+    for line in map(json.loads, Path(path).read_text(encoding="utf-8").splitlines()):
+        rows.setdefault(line["meta"]["problem_id"], []).append(line)
+    return rows
+
+
+def test_own_pool_stands_alone(stands_alone, tmp_path):
+    printed = stands_alone("own_pool")
+    assert "48 trajectories scored" in printed
+    assert "24 of 48 trajectories for 12 problems" in printed
+    rows = selected("example-run/selection/train.jsonl")
+    assert [len(own) for own in rows.values()] == [2] * 12
+    assert [sum(row["weight"] for row in own) for own in rows.values()] == pytest.approx([1] * 12)
+    # Again, told where everything is, with a table that has grown.
+    table = tmp_path / "example-run" / "answers.csv"
+    table.write_text(table.read_text() + '"What is 1, and 1?",mine,"2, I think"\n')
+    printed = stands_alone("own_pool", table, "example-run/student", "example-run")
+    assert "1 trajectories scored" in printed
+    assert "48 trajectories had been scored before and were kept" in printed
+    (own,) = [own for own in selected("example-run/selection/train.jsonl").values() if len(own) == 1]
+    assert own[0]["messages"][0]["content"] == "What is 1, and 1?"
+    assert own[0]["meta"]["teacher"] == "mine"
+
+
+def test_custom_policy_stands_alone(stands_alone):
+    assert "policy=custom_policy.short_first" in stands_alone("custom_policy")
+    scores = pq.read_table(sorted(Path("example-run/policy-scores").glob("part-*"))).to_pylist()
+    (own,) = Path("example-run/policies").glob("*short_first*/weights.parquet")
+    weights = {(row["problem_id"], row["candidate_id"]): row["weight"] for row in pq.read_table(own).to_pylist()}
+    expected = {}
+    for problem in {row["problem_id"] for row in scores}:
+        short = sorted((row for row in scores if row["problem_id"] == problem), key=lambda row: row["n_tokens"])[:2]
+        for place, row in enumerate(sorted(short, key=lambda row: -row["g_hat"])):
+            expected[problem, row["candidate_id"]] = (2 / 3, 1 / 3)[place]
+    assert weights == pytest.approx(expected)
+
+
+def test_patch_scorer_stands_alone(stands_alone):
+    *lines, last = stands_alone("patch_scorer").splitlines()
+    assert len(lines) == 8
+    assert all("before 5." in line and "patched 5." in line for line in lines)
+    assert last.startswith("of 48 answers, the largest difference: ")
+    assert float(last.split()[-1]) < 1e-5
+
+
+def test_trl_weights_stands_alone(stands_alone):
+    pytest.importorskip("trl")
+    losses = stands_alone("trl_weights").splitlines()[-1].split()
+    assert losses[:2] == ["example-run/trl:", "loss"]
+    assert float(losses[-1]) < float(losses[2]) - 0.1
+    assert Path("example-run/trl/model.safetensors").exists()
