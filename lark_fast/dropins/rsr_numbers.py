@@ -15,7 +15,7 @@ import torch
 from lark_fast.errors import UserError
 from lark_fast.kernels.token_stats import IGNORE_INDEX, TokenStats
 from lark_fast.kernels.trajectory_reduce import MAX_RANK, SMALLEST_NLL, trajectory_reduce
-from lark_fast.packing import window_tokens, windows
+from lark_fast.packing import windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,10 +103,7 @@ def infer(
         UserError: a token is outside the student's vocabulary, or the device's memory does not suffice.
     """
     sized = ((one, len(one.input_ids)) for one in islice(sequences, skip, None))
-    student = scorer.student
-    n_parameters = sum(parameter.numel() for parameter in student.model.parameters())
-    tokens = window_tokens(n_parameters, scorer.tokens_per_batch, student.device.type)
-    for window in windows(sized, max_tokens=tokens):
+    for window in windows(sized, max_tokens=scorer.tokens_per_window):
         try:
             scored = scorer.score_tokens([one.input_ids for one in window], [one.labels for one in window])
         except (ValueError, torch.OutOfMemoryError) as error:
