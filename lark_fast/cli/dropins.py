@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
-from lark_fast.cli.options import Render, RenderOption, System, SystemOption, TemplateOption, read_template
+from lark_fast.cli.options import BaseOption, Render, RenderOption, System, SystemOption, TemplateOption, read_template
 
 # Their flags have underscores; with dashes they mean the same.
 UNDERSCORES = {"token_normalize_func": lambda name: name.replace("-", "_")}
 OF_LARK = {"--out": "--output", "--pool": "--input", "--student": "--student_model"}
-OF_RSR = {"--out": "--output_root", "--student": "--model_path"}
+OF_RSR = {"--out": "--output_root", "--student": "--model_path", "--device-map": "--device_map"}
 
 
 class LarkDtype(StrEnum):
@@ -75,6 +75,7 @@ def score_lark(
     devices: Annotated[
         str | None, typer.Option("--devices", help="One process a GPU: all, how many, or which.")
     ] = None,
+    base: BaseOption = None,
     render: RenderOption = Render.template,
     system: SystemOption = System.keep,
     chat_template: TemplateOption = None,
@@ -85,12 +86,13 @@ def score_lark(
 ) -> None:
     """Take the flags of LARK's released score_lark and write its JSON.
 
-    Keys, order and numbers are the same, and with the same command a stopped run goes on. The last six options are not
-    among its flags. It is different where: (1) the rendered text gets no second beginning-of-text token from the
-    tokenizer; (2) every assistant turn of a conversation is scored, and nothing behind the last; (3) a student reads no
-    more than its own positions; (4) a record that is no conversation, has an empty answer, or has the ids of an earlier
-    one is skipped, counted and named in OUTPUT.scores/rejected.jsonl, where the other stops or scores the end-of-turn
-    token; (5) a template that loses what an answer thinks is an error; (6) in bfloat16, logits are not rounded.
+    Keys, order and numbers are the same, and with the same command a stopped run goes on. It is different where: (1)
+    the rendered text gets no second beginning-of-text token from the tokenizer; (2) every assistant turn of a
+    conversation is scored, and nothing behind the last; (3) a student reads no more than its own positions; (4) a
+    record that is no conversation, has an empty answer, or has the ids of an earlier one is skipped, counted and named
+    in OUTPUT.scores/rejected.jsonl, where the other stops or scores the end-of-turn token; (5) a template that loses
+    what an answer thinks is an error; (6) in bfloat16, logits are not rounded. The last seven options are not among its
+    flags.
     """
     import torch
 
@@ -106,6 +108,7 @@ def score_lark(
         dtype=dtype.value,
         device=device if torch.cuda.is_available() else "cpu",
         devices=devices,
+        base=base,
         options=RenderOptions(max_length=max_length, render=render.value, system=system.value),
         chat_template=read_template(chat_template),
         overwrite=overwrite,
@@ -151,6 +154,10 @@ def rsr_metrics(
         RsrFormat, typer.Option("--infer_save_format", help="Of every token's numbers; empty: they are not kept.")
     ] = RsrFormat.parquet,
     media_root: Annotated[str, typer.Option("--media_root", help="No effect: there are no images.")] = "",
+    base: BaseOption = None,
+    device_map: Annotated[
+        str | None, typer.Option("--device_map", help="auto: over all GPUs, host memory and disk; default: one GPU.")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Score again what has been scored by that name.")
     ] = False,
@@ -161,9 +168,10 @@ def rsr_metrics(
     """Take the flags of the Rank-Surprisal Ratio's rsr_cal.py and write its files.
 
     Sample metrics, inference results and the table of data files have its names, keys and numbers; inference results
-    that are there are taken again, as there. In bfloat16 the numbers are closer to the truth, since logits are not
-    rounded. It is different where: (1) the tokenizer has no chat template, which is an error for Llama-3 too; (2) files
-    of the same name but for .json and .jsonl are an error. The last two options are not among its flags.
+    that are there are taken again, as there, and a stopped run goes on. In bfloat16 the numbers are closer to the
+    truth, since logits are not rounded. It is different where: (1) the tokenizer has no chat template, which is an
+    error for Llama-3 too; (2) two files have one name but for .json and .jsonl, which is an error. The last four
+    options are not among its flags.
     """
     from lark_fast.cli.options import checked, say
     from lark_fast.dropins.rsr_metrics import RsrConfig, rsr_metrics
@@ -183,6 +191,8 @@ def rsr_metrics(
         max_model_len=max_model_len,
         chat_template=chat_template.value,
         infer_save_format=infer_save_format.value,
+        base=base,
+        device_map=device_map,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )

@@ -49,7 +49,7 @@ class ScoreRows:
 
     Args:
         student: directory or hub id.
-        device, dtype: as in ``load_student``.
+        base, device, dtype, device_map: as in ``load_student``.
         top_k: also compute the Brier score over the ``top_k`` largest logits and build rho from it (the paper: 50).
         options: how rows are rendered and which of their tokens are scored.
         chat_template: a Jinja template to use in place of the tokenizer's own.
@@ -62,8 +62,10 @@ class ScoreRows:
         self,
         student: str | os.PathLike[str],
         *,
+        base: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        device_map: str | None = None,
         top_k: int | None = None,
         options: "RenderOptions | None" = None,
         chat_template: str | None = None,
@@ -73,7 +75,8 @@ class ScoreRows:
     ) -> None:
         directory = Path(student)
         self.student = str(directory.resolve() if directory.is_dir() else student)
-        self.device, self.dtype, self.top_k, self.options = device, dtype, top_k, options
+        self.base, self.device, self.dtype, self.device_map = base, device, dtype, device_map
+        self.top_k, self.options = top_k, options
         self.chat_template, self.tokens_per_batch, self.strict = chat_template, tokens_per_batch, strict
         self.trust_remote_code = trust_remote_code
         self._files = _stamps(directory) if directory.is_dir() else ()
@@ -137,8 +140,10 @@ class ScoreRows:
         _thread_by_thread()
         student = load_student(
             self.student,
+            base=self.base,
             device=self._device(rank),
             dtype=self.dtype,
+            device_map=self.device_map,
             trust_remote_code=self.trust_remote_code,
         )
         return Scorer(
@@ -152,7 +157,12 @@ class ScoreRows:
     def _device(self, rank: int | None) -> str:
         import torch
 
-        if rank is None or self.device not in ("auto", "cuda") or torch.cuda.device_count() < 2:
+        if (
+            rank is None
+            or self.device_map is not None
+            or self.device not in ("auto", "cuda")
+            or torch.cuda.device_count() < 2
+        ):
             return self.device
         return f"cuda:{rank % torch.cuda.device_count()}"
 

@@ -52,6 +52,8 @@ class RsrConfig:
     max_model_len: int | None = None
     chat_template: str = "qwen"  # "llama3": whose markers
     infer_save_format: str = "parquet"  # "jsonl"; "": not kept
+    base: str | None = None  # of an adapter
+    device_map: str | None = None  # see ``load_student``
     overwrite: bool = False
     trust_remote_code: bool = False
 
@@ -171,13 +173,13 @@ def _measure(
 def _infer(config: RsrConfig, scorer: "Scorer", data: DataFile, n_samples: int, say: Say) -> Begun:
     """All of a file's samples through the student, but for those that a stopped run has done."""
     from lark_fast.dropins.rsr_numbers import infer, tokenise
-    from lark_fast.student import fingerprint
+    from lark_fast.student_files import find_student
 
     with open(data.path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     identity = {
         "data": digest,
-        **fingerprint(config.model_path),
+        **find_student(config.model_path, config.base).fingerprint(),
         "dtype": str(scorer.student.dtype).removeprefix("torch."),
         "max_model_len": config.max_model_len,
         "rank_clip_r": config.rank_clip_r,
@@ -254,13 +256,16 @@ class _Students:
         """
         from lark_fast.scoring.scorer import Scorer
         from lark_fast.student import load_config, load_student
+        from lark_fast.student_files import find_student
 
         config = self._config
-        dtype = config.dtype
+        files, dtype = find_student(config.model_path, config.base), config.dtype
         if dtype == "auto":  # the checkpoint's own there, on a CPU too
-            own = getattr(load_config(config.model_path, config.trust_remote_code), "dtype", None)
+            own = getattr(load_config(files, config.trust_remote_code), "dtype", None)
             dtype = str(own or "float32").removeprefix("torch.")
-        student = load_student(config.model_path, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        student = load_student(
+            files, dtype=dtype, device_map=config.device_map, trust_remote_code=config.trust_remote_code
+        )
         if not student.tokenizer.chat_template:
             raise UserError(f"{config.model_path}: no chat template there; add a chat_template.jinja")
         return Scorer(student)
