@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from lark_fast.__main__ import main
+from lark_fast.attention import Pack
 from lark_fast.scoring.parts import part_files
 from lark_fast.scoring.scorer import Scorer
 from lark_fast.student import load_student
@@ -188,7 +189,7 @@ def test_an_adapter_whose_base_has_moved(tmp_path, command, pool, base, adapter)
 def test_a_merge_rounds_once(tmp_path, base, dtype):
     stored = tmp_path / "stored"
     AutoModelForCausalLM.from_pretrained(base).to(getattr(torch, dtype)).save_pretrained(stored)
-    adapter = write_adapter(stored, tmp_path / "adapter")
+    adapter = write_adapter(stored, tmp_path / "adapter", target_modules=["q_proj", "down_proj", "embed_tokens"])
     exact = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.float32)
     exact = PeftModel.from_pretrained(exact, adapter).merge_and_unload().to(getattr(torch, dtype)).state_dict()
     ours = load(adapter, dtype=dtype).model.state_dict()
@@ -382,6 +383,15 @@ def test_device_maps_through_the_command(tmp_path, monkeypatch, command, pool, b
         says(said)
     monkeypatch.setattr("lark_fast.loading.find_spec", lambda _: None)
     says("needs accelerate: pip install")
+
+
+def test_a_pack_goes_along_from_device_to_device():
+    pack = Pack.of((3, 4))
+    there = pack.on(torch.device("meta"))
+    assert there.cu_seqlens.is_meta
+    assert pack.on(torch.device("meta")) is there  # for all layers
+    assert pack.on(torch.device("cpu")) is pack
+    assert (there.bounds, there.longest) == (pack.bounds, pack.longest)
 
 
 # Models that see
