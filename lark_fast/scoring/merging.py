@@ -2,7 +2,7 @@
 
 A share's rows know their ordinals, their places in the pool. Sorted by them they are in the order in which one run
 writes, and of records with one key the first stays, which is the one that run would have met first. In memory are
-40 bytes a row, a part of each share and the part that is being written.
+60 bytes a row, a part of each share and the part that is being written.
 
     OUT/.merging/   the new store until it is whole; then its files move to OUT, the manifest last
 """
