@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from lark_fast.attention import Pack, UnknownAttentionError, attention_in_packs, can_be_packed
 from lark_fast.errors import UserError
 from lark_fast.kernels.head import Head
+from lark_fast.kernels.token_stats import TokenStats, token_stats
+from lark_fast.tensor_parallel import Ranks, load_in_parts, lost_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +30,8 @@ MAY_HOLD_A_STUDENT = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 class Student:
     """A causal language model as the scorer and the trainer see it: hidden states and a head.
 
-    Works with any Transformers model that has an output embedding. What happens to its logits afterwards (Gemma-2's
+    Works with any Transformers model that has an output embedding, also one that is spread over ranks
+    (``tensor_parallel.py``): then all of them make the same calls. What happens to its logits afterwards (Gemma-2's
     softcap, Cohere's and Granite's scales) is read from the config and checked once against the model's own logits.
 
     Raises:
@@ -43,7 +46,10 @@ class Student:
         if self._output is None or getattr(self._output, "weight", None) is None:
             raise ValueError(f"{type(model).__name__} has no output embedding: it is not a causal language model")
         self._config = model.config.get_text_config()
-        self._check_head()
+        self.ranks = Ranks.of(model)
+        fault = self._found(self._head_fault)
+        if fault is not None:
+            raise ValueError(fault)
 
     @property
     def device(self) -> torch.device:
@@ -67,7 +73,7 @@ class Student:
 
     @property
     def head(self) -> Head:
-        """The head's live parameters."""
+        """The head's live parameters; of a model that is spread over ranks, this rank's words of it."""
         config = self._config
         scale = getattr(config, "logit_scale", None)
         if scale is None and getattr(config, "logits_scaling", None):
@@ -75,7 +81,18 @@ class Student:
         if scale is None:
             scale = getattr(config, "lm_head_multiplier", None)
         softcap = getattr(config, "final_logit_softcapping", None)
-        return Head(self._output.weight, getattr(self._output, "bias", None), softcap, scale)
+        weight, bias = self._output.weight, getattr(self._output, "bias", None)
+        if self.ranks is not None:
+            weight, bias = self.ranks.part(weight), None if bias is None else self.ranks.part(bias)
+        return Head(weight, bias, softcap, scale)
+
+    def token_stats(self, hidden: Tensor, labels: Tensor, **options: Any) -> TokenStats:
+        """``lark_fast.kernels.token_stats`` by the head; ``options`` are what that takes besides."""
+        head = self.head
+        if self.ranks is not None:
+            return self.ranks.token_stats(hidden, head, labels, **options)
+        of_head = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
+        return token_stats(hidden, head.weight, labels, **of_head, **options)
 
     def hidden(self, input_ids: Tensor, pack: Pack | None = None, position_ids: Tensor | None = None) -> Tensor:
         """The output embedding's input, without computing a logit.
@@ -132,10 +149,16 @@ class Student:
         """
         if not can_be_packed(self.model):
             return "its layers mix tokens in ways that packs are not known to keep"
+        return self._found(self._packing_fault)
+
+    def _found(self, look: Callable[[], str | None]) -> str | None:
+        """What is found with the model in evaluation mode; over ranks, what the first of them finds."""
         was_training = self.model.training
         self.model.eval()
         try:
-            return self._packing_fault()
+            with lost_ranks():
+                fault = look()
+            return fault if self.ranks is None else self.ranks.first(fault)
         finally:
             self.model.train(was_training)
 
@@ -170,25 +193,28 @@ class Student:
         return self.max_positions if "dynamic" in kinds else None
 
     @torch.no_grad()
-    def _check_head(self) -> None:
+    def _head_fault(self) -> str | None:
         """Our head against the model's own logits, on a few tokens: never score with a head that is not the model's."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            ids = torch.arange(PROBE_TOKENS, device=self.device).remainder(self.vocab_size).unsqueeze(0)
-            own = self.model(input_ids=ids, use_cache=False).logits[0]
-            ours = self.head.logits(self.hidden(ids)[0])
-            own = own.to(ours)
-        finally:
-            self.model.train(was_training)
+        ids = torch.arange(PROBE_TOKENS, device=self.device).remainder(self.vocab_size).unsqueeze(0)
+        own = self.model(input_ids=ids, use_cache=False).logits[0]
+        hidden = self.hidden(ids)[0]
+        ours = self.head.logits(hidden)
+        if self.ranks is not None:
+            if self.ranks.apart(hidden):
+                return f"Transformers' plan for {type(self.model).__name__} leaves ranks with different hidden states"
+            own = own[:, self.ranks.words]
+        own = own.to(ours)
+        if own.shape != ours.shape:
+            return f"its logits are {tuple(own.shape)} where its output embedding makes {tuple(ours.shape)}"
         if own.isnan().any():
-            raise ValueError("its logits are not numbers (NaN); look at its weights")
+            return "its logits are not numbers (NaN); look at its weights"
         tolerance = 3e-2 if self.dtype in (torch.bfloat16, torch.float16) else 1e-3
-        if not torch.allclose(ours, own, rtol=tolerance, atol=tolerance * float(own.abs().max()), equal_nan=True):
-            raise ValueError(
-                f"{type(self.model).__name__} changes its logits in a way lark-fast does not know "
-                f"(largest difference {float((ours - own).abs().max()):.3g})"
-            )
+        if torch.allclose(ours, own, rtol=tolerance, atol=tolerance * float(own.abs().max()), equal_nan=True):
+            return None
+        return (
+            f"{type(self.model).__name__} changes its logits in a way lark-fast does not know "
+            f"(largest difference {float((ours - own).abs().max()):.3g})"
+        )
 
 
 def refuse_adapted_head(output: nn.Module) -> None:
@@ -225,7 +251,13 @@ def stop_before_head(output: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def load_student(
-    path: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False, tokenizer: bool = True
+    path: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    tokenizer: bool = True,
+    tensor_parallel: bool = False,
 ) -> Student:
     """Load a student from a directory or a Hugging Face id, ready to score.
 
@@ -236,6 +268,8 @@ def load_student(
             multiplies that in hardware, else float32.
         trust_remote_code: run model code that the checkpoint brings along.
         tokenizer: load the tokenizer too.
+        tensor_parallel: spread the model over the ranks of the default process group, which all make this call; see
+            ``tensor_parallel.py``.
 
     Raises:
         UserError: nothing there, or it cannot be loaded; the message says what is missing.
@@ -251,10 +285,12 @@ def load_student(
     chosen = DTYPES.get(dtype_on(place, dtype), "auto")
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=chosen, trust_remote_code=trust_remote_code, use_safetensors=True
-        )
-        model = model.to(place).eval().requires_grad_(False)
+        options = {"dtype": chosen, "trust_remote_code": trust_remote_code, "use_safetensors": True}
+        if tensor_parallel:
+            model = load_in_parts(directory, place, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(directory, **options).to(place)
+        model = model.eval().requires_grad_(False)
         return Student(model, load_tokenizer(path, trust_remote_code) if tokenizer else None, path)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be loaded as a student: {_one_line(error)}") from error

@@ -43,7 +43,7 @@ class Footprint:
     Nothing is kept from layer to layer. The head adds two blocks of float32 logits.
 
     Attributes:
-        weights: bytes of all parameters, each counted once.
+        weights: bytes of all parameters, each counted once; of a model that is spread over ranks, of this rank's.
         token: bytes of a token of a pack.
         head: bytes of the head's workspace, whatever the pack.
     """
@@ -56,10 +56,12 @@ class Footprint:
     def of(cls, model: "PreTrainedModel") -> "Footprint":
         """The footprint of a Transformers causal language model; one on the ``meta`` device does as well."""
         from lark_fast.kernels.token_stats_torch import CPU_BLOCK, GPU_BLOCK
+        from lark_fast.tensor_parallel import on_this_rank
 
         parameters = {id(parameter): parameter for parameter in model.parameters()}
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
-        head = model.get_output_embeddings().weight
+        own = [on_this_rank(parameter) for parameter in parameters.values()]
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in own)
+        head = on_this_rank(model.get_output_embeddings().weight)
         width = head.shape[1]
         rows, words = CPU_BLOCK if head.device.type == "cpu" else GPU_BLOCK
         numbers = max(4 * width + _widest_block(model, width), 3 * width + 3 * width * 4 / head.element_size())
@@ -76,9 +78,14 @@ class Footprint:
 
 def _widest_block(model: "PreTrainedModel", width: int) -> float:
     """Numbers that a token has in the widest block beside the residual stream of this width."""
+    from lark_fast.tensor_parallel import on_this_rank
+
     sides: dict[str, list[float]] = defaultdict(list)
     for matrix in matrices(model):
-        shape, met = matrix.weight.shape, matrix.active * matrix.experts  # by a token: 1, or k of the experts
+        shape, met = (
+            on_this_rank(matrix.weight).shape,
+            matrix.active * matrix.experts,
+        )  # by a token: 1, or k of the experts
         side = shape.numel() / matrix.experts / width if width in shape else shape[0]
         if matrix.experts > 1 and matrix.block not in sides:
             sides[matrix.block].append(2 * width * met)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from lark_fast.batch import Batch
-from lark_fast.kernels.token_stats import TokenStats, token_stats
+from lark_fast.errors import UserError
+from lark_fast.kernels.token_stats import TokenStats
 from lark_fast.kernels.trajectory_reduce import TrajectoryReduction, trajectory_reduce
 from lark_fast.scoring.layout import Layout
 from lark_fast.student import Student
+from lark_fast.tensor_parallel import lost_ranks
 
 Until = Callable[[Iterable[Batch | None]], Iterator[Batch | None]]
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
@@ -60,6 +62,7 @@ class Passes:
     Attributes:
         layout: how batches are put together.
         work: what has been done.
+        meet: of a student that is spread over ranks: called with a batch right before all of them run it.
     """
 
     def __init__(
@@ -76,6 +79,8 @@ class Passes:
         )
         self.ahead = 1 if on_gpu else 0  # passes that are on their way when the next one is
         self.work = Work()
+        if student.ranks is not None:
+            self.meet: Callable[[Batch], None] = lambda batch: student.ranks.refuse_different(batch.numbers)
 
     @torch.no_grad()
     def run(self, batches: Iterable[Batch | None], until: Until = iter) -> Iterator[tuple[Batch, list[Scored] | None]]:
@@ -123,6 +128,8 @@ class Passes:
 
     def _start(self, batch: Batch) -> "_Pending | None":
         """Send a batch on its way; None where the device's memory does not suffice, even once it has been tidied."""
+        if self.student.ranks is not None:
+            return self._start_together(batch)
         for _ in range(2):
             try:
                 return self._launch(batch)
@@ -134,21 +141,30 @@ class Passes:
                 torch.cuda.empty_cache()
         return None
 
+    def _start_together(self, batch: Batch) -> "_Pending":
+        """On all ranks. One that fails leaves the others waiting for it inside the pass, so that none can do it again.
+
+        Raises:
+            UserError: this rank's memory does not suffice, or another rank is lost.
+        """
+        self.meet(batch)
+        try:
+            with lost_ranks():
+                return self._launch(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"the memory of {self.student.device} does not suffice for a pass of {batch.size} tokens; "
+                f"--tokens-per-batch {max(1, batch.size // 2)} needs less"
+            ) from error
+
     def _launch(self, batch: Batch) -> "_Pending":
         clock = _Clock(self.student.device)
         inputs = batch.on(self.student.device)
         hidden = self.student.hidden(inputs.ids, inputs.pack, inputs.places)
-        head = self.student.head
-        stats = token_stats(
-            hidden.flatten(0, 1),
-            head.weight,
-            inputs.targets,
-            rows=inputs.rows,
-            bias=head.bias,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            top_k=self.top_k,
-            impl=self.impl,
+        stats = self.student.token_stats(
+            hidden.flatten(0, 1), inputs.targets, rows=inputs.rows, top_k=self.top_k, impl=self.impl
         )
         return _Pending(batch, stats, trajectory_reduce(stats, inputs.ends), inputs.ends, clock)
 

@@ -88,7 +88,8 @@ class Scorer:
     """Scores trajectories with a student, one forward pass each and no [T, V] matrix.
 
     Args:
-        model: a Transformers causal language model, on whatever device and in whatever dtype it is to run.
+        model: a Transformers causal language model, on whatever device and in whatever dtype it is to run. One that is
+            spread over ranks (``tensor_parallel``) takes the same calls on all of them, and gives all the same scores.
         tokenizer: its tokenizer, with a chat template; not needed for ``score_tokens``.
         top_k: also compute the Brier score over the ``top_k`` largest logits and build rho from it, as the paper does
             (50); None: the exact one.
@@ -118,6 +119,8 @@ class Scorer:
         self.top_k, self.impl, self.compile = top_k, impl, compile
         self.options = options or RenderOptions()
         self.tokens_per_batch = tokens_per_batch or _fitting_tokens(self.student)
+        if self.student.ranks is not None:
+            self.tokens_per_batch = self.student.ranks.least(self.tokens_per_batch)
         self.renderer = None
         if self.student.tokenizer is not None:
             self.renderer = Renderer(
@@ -129,10 +132,18 @@ class Scorer:
 
     @classmethod
     def from_pretrained(
-        cls, path: str, *, device: str = "auto", dtype: str = "auto", top_k: int | None = None, **options: Any
+        cls,
+        path: str,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        tensor_parallel: bool = False,
+        top_k: int | None = None,
+        **options: Any,
     ) -> "Scorer":
-        """Load a student from a directory or hub id; further arguments as for ``Scorer``."""
-        return cls(load_student(path, device=device, dtype=dtype), top_k=top_k, **options)
+        """Load a student from a directory or hub id, see ``load_student``; further arguments as for ``Scorer``."""
+        student = load_student(path, device=device, dtype=dtype, tensor_parallel=tensor_parallel)
+        return cls(student, top_k=top_k, **options)
 
     def score(
         self, records: Iterable[dict[str, Any] | Record], *, local_steps: int | None = None
