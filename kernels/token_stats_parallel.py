@@ -98,7 +98,6 @@ def token_stats_vocab_parallel(
 
 def _gathered(own: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Every rank's tensor of one shape ``[...]`` -> ``[ranks, ...]``."""
-    ranks = dist.get_world_size(group)
-    all_of_them = own.new_empty(ranks * own.shape[0], *own.shape[1:])
-    dist.all_gather_into_tensor(all_of_them, own.contiguous(), group=group)
-    return all_of_them.unflatten(0, (ranks, -1))
+    everyone = own.new_empty(dist.get_world_size(group), *own.shape)
+    dist.all_gather(list(everyone), own.contiguous(), group=group)
+    return everyone

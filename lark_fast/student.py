@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lark_fast.attention import Pack, UnknownAttentionError, attention_in_packs, can_be_packed
 from lark_fast.errors import UserError
 from lark_fast.kernels.head import Head
 from lark_fast.kernels.token_stats import TokenStats, token_stats
-from lark_fast.tensor_parallel import Ranks, load_in_parts, lost_ranks
+from lark_fast.talk import Talk, lost_ranks
+from lark_fast.tensor_parallel import Ranks, load_in_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -158,7 +160,7 @@ class Student:
         try:
             with lost_ranks():
                 fault = look()
-            return fault if self.ranks is None else self.ranks.first(fault)
+            return fault if self.ranks is None else self.ranks.talk.first(fault)
         finally:
             self.model.train(was_training)
 
@@ -278,18 +280,22 @@ def load_student(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    directory = student_files(path)
+    if tensor_parallel and not dist.is_initialized():
+        raise UserError(f"{path}: a tensor-parallel student takes ranks: start the program with torchrun")
     place = choose_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: not one of auto, {', '.join(DTYPES)}")
-    chosen = DTYPES.get(dtype_on(place, dtype), "auto")
+    options = {
+        "dtype": DTYPES.get(dtype_on(place, dtype), "auto"),
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,
+    }
     logging.disable_progress_bar()
     try:
-        options = {"dtype": chosen, "trust_remote_code": trust_remote_code, "use_safetensors": True}
         if tensor_parallel:
-            model = load_in_parts(directory, place, **options)
+            model = Talk().done(lambda: load_in_parts(student_files(path), place, **options))
         else:
-            model = AutoModelForCausalLM.from_pretrained(directory, **options).to(place)
+            model = AutoModelForCausalLM.from_pretrained(student_files(path), **options).to(place)
         model = model.eval().requires_grad_(False)
         return Student(model, load_tokenizer(path, trust_remote_code) if tokenizer else None, path)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:

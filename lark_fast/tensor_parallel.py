@@ -5,12 +5,7 @@ embedding each rank keeps the rows of its words, and token_stats_parallel.py mak
 computes a logit of another's word, and none is gathered.
 """
 
-import contextlib
-import hashlib
 import math
-from collections.abc import Iterator
-from datetime import timedelta
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,34 +17,25 @@ from lark_fast.errors import UserError
 from lark_fast.kernels.head import Head
 from lark_fast.kernels.token_stats import TokenStats
 from lark_fast.kernels.token_stats_parallel import token_stats_vocab_parallel
+from lark_fast.talk import Talk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-NO_END = timedelta(days=365)  # one rank may read a pool for hours before there is a pass for all
 INSTEAD = "--device-map auto spreads it over the GPUs of one process instead"
 # Styles of a plan by which a projection's outputs, and so attention's heads, are dealt out.
 _DEALT = ("colwise", "packed_colwise")
 _KEYS = ("k_proj", "qkv_proj", "query_key_value")
 
 
-class LostRankError(UserError):
-    """Another rank has ended in the middle of the work; why, it says itself."""
-
-    def __init__(self) -> None:
-        super().__init__("another rank has ended, and this one cannot go on alone; its own message says why")
-
-
 class Ranks:
     """The ranks that a model is spread over, seen from one of them; all of the default process group.
-
-    Every call is made by all ranks, and what it returns is the same on all of them.
 
     Args:
         output: the model's output embedding.
 
     Attributes:
-        rank, size: this one, and how many there are.
+        talk: what they tell each other.
         sizes: how many words of the vocabulary each rank has; they follow one another.
 
     Raises:
@@ -57,23 +43,15 @@ class Ranks:
     """
 
     def __init__(self, output: nn.Module) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        # What ranks tell each other passes by the GPU, whose work need not be waited for.
-        self._talk = dist.new_group(backend="gloo", timeout=NO_END)
-        self._n_words = len(output.weight)
-        sizes = torch.zeros(self.size, dtype=torch.int64)
-        cut = _is_cut(output.weight)
-        if cut and not _by_words(output.weight):
-            raise ValueError(f"its head is cut otherwise than by words ({output.weight.placements}); {INSTEAD}")
-        if cut:
-            sizes[self.rank] = len(output.weight.to_local())
-            dist.all_reduce(sizes, group=self._talk)
-        else:
-            share = math.ceil(self._n_words / self.size)
-            sizes = (self._n_words - share * torch.arange(self.size)).clamp(0, share)
-        self.sizes: list[int] = sizes.tolist()
+        self.talk, weight = Talk(), output.weight
+        if _is_cut(weight) and not _by_words(weight):
+            raise ValueError(f"its head is cut otherwise than by words ({weight.placements}); {INSTEAD}")
+        # As DTensor cuts: the last ones have what is left.
+        n_words, ranks = len(weight), self.talk.size
+        share = math.ceil(n_words / ranks)
+        self.sizes = [max(0, min(share, n_words - rank * share)) for rank in range(ranks)]
         if not all(self.sizes):
-            raise ValueError(f"{self._n_words} words are too few for {self.size} ranks")
+            raise ValueError(f"{n_words} words are too few for {ranks} ranks")
 
     @classmethod
     def of(cls, model: "PreTrainedModel") -> "Ranks | None":
@@ -92,8 +70,8 @@ class Ranks:
     @property
     def words(self) -> slice:
         """This rank's words."""
-        end = list(accumulate(self.sizes))[self.rank]
-        return slice(end - self.sizes[self.rank], end)
+        start = sum(self.sizes[: self.talk.rank])
+        return slice(start, start + self.sizes[self.talk.rank])
 
     def part(self, values: Tensor) -> Tensor:
         """This rank's rows of the output embedding's weight ``[V, D]``, or of its bias ``[V]``."""
@@ -112,56 +90,16 @@ class Ranks:
             **options,
         )
 
-    def least(self, number: int) -> int:
-        """The smallest of all ranks' numbers."""
-        smallest = torch.tensor(number)
-        with lost_ranks():
-            dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self._talk)
-        return int(smallest)
-
-    def first(self, fault: str | None) -> str | None:
-        """The fault that the first rank with one has found."""
-        faults: list[str | None] = [None] * self.size
-        with lost_ranks():
-            dist.all_gather_object(faults, fault, group=self._talk)
-        return next((found for found in faults if found is not None), None)
-
-    def tell(self, what: Any) -> None:
-        """Rank 0: tell the others, who ``hear``."""
-        with lost_ranks():
-            dist.broadcast_object_list([what], group=self._talk)
-
-    def hear(self) -> Any:
-        """Any other rank: what rank 0 tells next."""
-        told = [None]
-        with lost_ranks():
-            dist.broadcast_object_list(told, group=self._talk)
-        return told[0]
-
-    def refuse_different(self, numbers: Tensor) -> None:
-        """A pass is to be the same on all ranks, or they would wait for each other for ever, or mix what they make.
-
-        Raises:
-            ValueError: the numbers ``[N]`` that it reads are not.
-        """
-        digest = hashlib.blake2b(numbers.numpy(), digest_size=8).digest()
-        own = torch.tensor(int.from_bytes(digest) >> 1)
-        both = torch.stack([own, -own])
-        with lost_ranks():
-            dist.all_reduce(both, dist.ReduceOp.MIN, group=self._talk)
-        if both[0] != -both[1]:
-            raise ValueError("the ranks of a tensor-parallel student have to be given the same sequences")
-
     def apart(self, hidden: Tensor) -> bool:
         """Whether hidden states ``[T, D]`` differ between ranks by more than rounding: then the plan does not hold."""
-        everyone = [torch.empty_like(hidden) for _ in range(self.size)]
+        everyone = [torch.empty_like(hidden) for _ in range(self.talk.size)]
         dist.all_gather(everyone, hidden.contiguous())
         first = everyone[0].float()
         return any((other.float() - first).norm() > 1e-2 * first.norm() for other in everyone)
 
 
 def load_in_parts(directory: Path, place: torch.device, **options: Any) -> "PreTrainedModel":
-    """This rank's part of a causal language model; called by all ranks.
+    """This rank's part of a causal language model; called by all ranks. Of one rank's, all of it.
 
     Args:
         directory: a Transformers checkpoint.
@@ -169,24 +107,25 @@ def load_in_parts(directory: Path, place: torch.device, **options: Any) -> "PreT
         options: more that ``from_pretrained`` takes.
 
     Raises:
-        UserError: no process group, a model that Transformers has no plan for, heads that cannot be dealt out.
+        UserError: a model that Transformers has no plan for, heads that cannot be dealt out.
         ValueError, OSError, ...: of ``from_pretrained``.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
-    if not dist.is_initialized():
-        raise UserError("a tensor-parallel student needs ranks: start the program with torchrun")
+    size = dist.get_world_size()
+    if size == 1:
+        return AutoModelForCausalLM.from_pretrained(directory, **options).to(place)
     accelerator = torch.accelerator.current_accelerator() or torch.device("cpu")
     if place.type != accelerator.type:
         raise UserError(
-            f"--device {place.type}: over ranks a student goes to the GPUs that are there; CUDA_VISIBLE_DEVICES= hides them"
+            f"--device {place.type}: over ranks a student goes to the GPUs that are there; "
+            "CUDA_VISIBLE_DEVICES= in front of the command hides them"
         )
     remote = options.get("trust_remote_code", False)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=remote)
     with torch.device("meta"):
         plan = AutoModelForCausalLM.from_config(config, trust_remote_code=remote).tp_plan
-    size = dist.get_world_size()
     fault = _fault(config.get_text_config(), plan or {}, size)
     if fault:
         raise UserError(f"{directory}: {fault}")
@@ -198,17 +137,6 @@ def load_in_parts(directory: Path, place: torch.device, **options: Any) -> "PreT
 def on_this_rank(values: Tensor) -> Tensor:
     """What this rank has of a parameter that may be spread."""
     return values.to_local() if hasattr(values, "to_local") else values
-
-
-@contextlib.contextmanager
-def lost_ranks() -> Iterator[None]:
-    """Inside the block, what a collective call raises where another rank has ended becomes a ``LostRankError``."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise LostRankError from error
-        raise
 
 
 def _fault(config: "PreTrainedConfig", plan: dict[str, str], size: int) -> str | None:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -142,6 +143,20 @@ class Forks:
     def run(self, *words, code: int = 0, before: str = "") -> "Fork":
         """Run a command to its end, which is checked."""
         return self.start(*words, before=before).ended(code)
+
+    def start_ranks(self, befores, *words) -> "list[Fork]":
+        """Start a command on ranks, as torchrun does, without its own process; ``befores``: the program of each."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(befores))}
+        told["TORCHELASTIC_RUN_ID"] = "t"
+        return [
+            self.start(
+                *words, before=f"os.environ.update({told | {'RANK': str(rank), 'LOCAL_RANK': str(rank)}})\n{before}"
+            )
+            for rank, before in enumerate(befores)
+        ]
 
 
 class Fork:

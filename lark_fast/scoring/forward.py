@@ -4,6 +4,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from lark_fast.kernels.token_stats import TokenStats
 from lark_fast.kernels.trajectory_reduce import TrajectoryReduction, trajectory_reduce
 from lark_fast.scoring.layout import Layout
 from lark_fast.student import Student
-from lark_fast.tensor_parallel import lost_ranks
+from lark_fast.talk import lost_ranks
 
 Until = Callable[[Iterable[Batch | None]], Iterator[Batch | None]]
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
@@ -62,7 +63,7 @@ class Passes:
     Attributes:
         layout: how batches are put together.
         work: what has been done.
-        meet: of a student that is spread over ranks: called with a batch right before all of them run it.
+        together: of a student that is spread over ranks: each batch is run by all of them inside this.
     """
 
     def __init__(
@@ -79,8 +80,7 @@ class Passes:
         )
         self.ahead = 1 if on_gpu else 0  # passes that are on their way when the next one is
         self.work = Work()
-        if student.ranks is not None:
-            self.meet: Callable[[Batch], None] = lambda batch: student.ranks.refuse_different(batch.numbers)
+        self.together: Callable[[Batch], AbstractContextManager[None]] = self._alike
 
     @torch.no_grad()
     def run(self, batches: Iterable[Batch | None], until: Until = iter) -> Iterator[tuple[Batch, list[Scored] | None]]:
@@ -147,9 +147,8 @@ class Passes:
         Raises:
             UserError: this rank's memory does not suffice, or another rank is lost.
         """
-        self.meet(batch)
         try:
-            with lost_ranks():
+            with self.together(batch), lost_ranks():
                 return self._launch(batch)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
@@ -158,6 +157,13 @@ class Passes:
                 f"the memory of {self.student.device} does not suffice for a pass of {batch.size} tokens; "
                 f"--tokens-per-batch {max(1, batch.size // 2)} needs less"
             ) from error
+
+    @contextmanager
+    def _alike(self, batch: Batch) -> Iterator[None]:
+        """Other ranks have the same batch: they would wait for each other for ever, or mix what they make."""
+        if not self.student.ranks.talk.agree(batch.numbers):
+            raise ValueError("the ranks of a student are given different sequences")
+        yield
 
     def _launch(self, batch: Batch) -> "_Pending":
         clock = _Clock(self.student.device)

@@ -120,7 +120,7 @@ class Scorer:
         self.options = options or RenderOptions()
         self.tokens_per_batch = tokens_per_batch or _fitting_tokens(self.student)
         if self.student.ranks is not None:
-            self.tokens_per_batch = self.student.ranks.least(self.tokens_per_batch)
+            self.tokens_per_batch = int(self.student.ranks.talk.least(torch.tensor(self.tokens_per_batch)))
         self.renderer = None
         if self.student.tokenizer is not None:
             self.renderer = Renderer(
