@@ -58,7 +58,9 @@ def make_records(problems: int, candidates: int = 3, words: int = 4):
 # It has no thread but its own when it forks. A child ends as any Python program does (threads are waited for, what was
 # registered with atexit runs) but for the modules, which are not taken apart: that takes twice as long as most tests.
 _FORKING = """
-import atexit, json, os, sys, threading
+import atexit, contextlib, json, os, sys, threading
+with contextlib.suppress(ImportError):
+    import typer._adapters  # at the first option; it imports pydantic
 import pyarrow.parquet
 import lark_fast.rendering.inspection, lark_fast.scoring.dry_run, lark_fast.scoring.engine, lark_fast.scoring.scorer
 from lark_fast.__main__ import main

@@ -16,7 +16,7 @@ from lark_fast.errors import UserError
 from lark_fast.kernels.token_stats import TokenStats
 from lark_fast.scoring.estimate import Footprint
 from lark_fast.student import load_student
-from tests.command import make_records, write_jsonl, write_student
+from tests.command import Forks, make_records, write_jsonl, write_student
 from tests.score_rows import table
 from tests.tiny import tiny_decoder, tiny_gemma2, tiny_llama, tiny_phi, tiny_qwen2
 
@@ -28,7 +28,6 @@ MODELS = {
         "own head, grouped heads": lambda: tiny_llama(WORDS),
         "tied head": lambda: tiny_qwen2(WORDS),
         "softcap": lambda: tiny_gemma2(WORDS),
-        "experts": lambda: tiny_decoder("qwen3_moe", WORDS),
     },
     3: {
         "bias": lambda: tiny_phi(WORDS, **THREE_HEADS),
@@ -129,6 +128,15 @@ def test_ranks_score_as_one_process(tmp_path, forks, ranks):
 
 
 @pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    """With what ranks import besides."""
+    own = ("lark_fast.scoring.ranks", "torch.distributed.tensor", "transformers.distributed.tensor_parallel")
+    started = Forks(tmp_path_factory.mktemp("prints"), *own)
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
 def student(tmp_path_factory):
     return write_student(tmp_path_factory.mktemp("student"))
 
@@ -173,33 +181,28 @@ def test_the_command_over_ranks(tmp_path, forks, pool, student, two):
                 assert other[name] == value
 
 
-OUT_OF_MEMORY = "raise torch.OutOfMemoryError"
+KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 LOST = "another rank has ended"
+ENDS = [  # what happens to which ranks, and how each ends: its code and what it says
+    # Ctrl-C reaches all of them, at moments of its own.
+    ("os.kill(os.getpid(), signal.SIGINT)", (0, 1), ((130, "interrupted"), (0, ""))),
+    (KILLED, (0,), ((-9, ""), (1, ""))),
+    (KILLED, (1,), ((2, LOST), (-9, ""))),
+    ("raise torch.OutOfMemoryError", (1,), ((2, LOST), (2, "rank 1: the memory of cpu does not suffice for a pass"))),
+]
 
 
-@pytest.mark.parametrize(
-    ("what", "of", "codes", "says"),
-    [
-        # Ctrl-C reaches all of them, at moments of its own.
-        ("os.kill(os.getpid(), signal.SIGINT)", (0, 1), (130, 0), ("interrupted", "")),
-        ("os.kill(os.getpid(), signal.SIGKILL)", (1,), (2, -9), (LOST, "")),
-        ("os.kill(os.getpid(), signal.SIGKILL)", (0,), (-9, 1), ("", "")),
-        (OUT_OF_MEMORY, (1,), (2, 2), (LOST, "rank 1: the memory of cpu does not suffice for a pass of")),
-        (OUT_OF_MEMORY, (0,), (2, 1), ("--tokens-per-batch 1", "")),
-    ],
-    ids=["interrupted", "other killed", "first killed", "other without memory", "first without memory"],
-)
-def test_whatever_ends_one_rank_ends_all_and_nothing_is_lost(
-    tmp_path, forks, pool, student, two, what, of, codes, says
-):
-    out, befores = tmp_path / "scores", [QUICK, QUICK]
-    for rank in of:
-        befores[rank] += AT_PASS.format(number=6, what=what)
-    started = forks.start_ranks(befores, *words(pool, student, out))
-    for rank, code, words_said in zip(started, codes, says, strict=True):
-        rank.ended(code)
-        assert words_said in rank.stderr
-        assert bool(words_said) or not rank.stderr.strip()
+def test_whatever_ends_one_rank_ends_all_and_nothing_is_lost(tmp_path, forks, pool, student, two):
+    out, left = tmp_path / "scores", []
+    for what, of, ends in ENDS:
+        befores = [QUICK + (AT_PASS.format(number=3, what=what) if rank in of else "") for rank in range(2)]
+        started = forks.start_ranks(befores, *words(pool, student, out))
+        for rank, (code, says) in zip(started, ends, strict=True):
+            rank.ended(code)
+            assert says in rank.stderr
+            assert says or not rank.stderr.strip()
+        left.append(sum(path.stat().st_size for path in out.glob("journal-*")))
+    assert sorted(set(left)) == left  # each has added something
     first, _ = [rank.ended() for rank in forks.start_ranks([QUICK] * 2, *words(pool, student, out))]
     assert 0 < int(first.stdout.split()[0]) < 80  # trajectories scored
     assert in_order(out) == in_order(two[0])
@@ -208,10 +211,9 @@ def test_whatever_ends_one_rank_ends_all_and_nothing_is_lost(
 def test_rank_0_alone_says_what_is_wrong(tmp_path, forks, pool, student, two):
     missing = tmp_path / "missing.jsonl"
     for pool_, student_, more, message in [
-        (missing, student, (), f"{missing}: "),
+        (missing, student, (), f"{missing}' does not exist"),
         (pool, tmp_path / "nobody", (), "nobody: no such directory"),
         (pool, student, ("--devices", 2), "--devices starts one process a GPU by itself"),
-        (pool, student, ("--compile",), "leave it or torchrun away"),
         (pool, student, ("--top-k", 5), "holds scores made otherwise"),
     ]:
         first, second = forks.start_ranks([QUICK] * 2, *words(pool_, student_, two[0], *more))
