@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lark_fast.kernels.head import Head, accumulation_dtype
 from lark_fast.kernels.softmax_sums import LOWEST, TokenStats, Wanted, brier_score, concatenate, finish, move
@@ -65,6 +66,39 @@ def partial_sums(
         _walk_head(walk, part, head)
         parts.append(walk.sums)
     return torch.cat(parts, 1).unsqueeze(0)
+
+
+def sums_and_largest(
+    hidden: Tensor, rows: Tensor | None, head: Head, labels: Tensor, label_logit: Tensor, wanted: Wanted, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """What ``brier_topk`` takes: the sums of ``partial_sums``, ``[5, T]``, with the count in any case, and the
+    ``top_k`` largest logits of the words that are not the label ``[T, top_k]``, LOWEST where there are fewer."""
+    sums, largest = [], []
+    logits = label_logit.split(_block(hidden)[0])
+    for (part, label), own in zip(_row_blocks(hidden, rows, labels), logits, strict=True):
+        walk = _Walk(own, label, wanted, top_k)
+        _walk_head(walk, part, head)
+        sums.append(walk.sums)
+        largest.append(pad(walk.largest, (0, top_k - walk.largest.shape[1]), value=LOWEST))
+    return torch.cat(sums, 1), torch.cat(largest)
+
+
+def brier_topk(largest: Tensor, sums: Tensor, label_logit: Tensor, top_k: int) -> Tensor:
+    """The k largest logits are the label and k - 1 others where the label's rank allows, else k others.
+
+    Args:
+        largest: ``[T, <= k]`` the largest logits of the words that are not the label, or all of them.
+        sums: ``[5, T]``, see softmax_sums.py.
+        label_logit: ``[T]``.
+        top_k: k.
+    """
+    inside = sums[4] < top_k
+    m = torch.maximum(sums[0], label_logit)
+    e = (largest.sort(1, descending=True).values - m.unsqueeze(1)).exp()
+    e[:, top_k - 1 :].masked_fill_(inside.unsqueeze(1), 0.0)
+    a = (label_logit - m).exp()
+    s1, s2 = e.sum(1), (e * e).sum(1)
+    return torch.where(inside, brier_score(s1, s2, a), 1.0 + s2 / (s1 * s1))
 
 
 def _block(tensor: Tensor) -> tuple[int, int]:
@@ -126,10 +160,12 @@ class _Walk:
             sz += z.mul_(e).sum(1)
 
     def finish(self) -> TokenStats:
-        stats = finish(self.sums.unsqueeze(0), self.label_logit.squeeze(1), self.wanted)
+        label_logit = self.label_logit.squeeze(1)
+        stats = finish(self.sums.unsqueeze(0), label_logit, self.wanted)
         if self.top_k is None:
             return stats
-        return replace(stats, brier_topk=self._brier_topk().masked_fill(stats.nll.isnan(), math.nan))
+        of_k = brier_topk(self.largest, self.sums, label_logit, self.top_k)
+        return replace(stats, brier_topk=of_k.masked_fill(stats.nll.isnan(), math.nan))
 
     def _keep_largest(self, z: Tensor) -> None:
         """Merge a block into the k largest logits so far, and look at few of its logits to do so.
@@ -149,13 +185,3 @@ class _Walk:
         best = maxima.topk(wanted, dim=1, sorted=False).indices.unsqueeze(1).expand(-1, GROUP, -1)
         candidates = torch.cat([self.largest, groups.gather(2, best).flatten(1), z[:, n_groups * GROUP :]], 1)
         self.largest = candidates.topk(min(self.top_k, candidates.shape[1]), dim=1, sorted=False).values
-
-    def _brier_topk(self) -> Tensor:
-        """The k largest logits are the label and k - 1 others where the label's rank allows, else k others."""
-        inside = self.sums[4] < self.top_k
-        m = torch.maximum(self.sums[0], self.label_logit.squeeze(1)).unsqueeze(1)
-        e = (self.largest.sort(1, descending=True).values - m).exp()  # [T, <= k]
-        e[:, self.top_k - 1 :].masked_fill_(inside.unsqueeze(1), 0.0)
-        a = (self.label_logit - m).exp().squeeze(1)
-        s1, s2 = e.sum(1), (e * e).sum(1)
-        return torch.where(inside, brier_score(s1, s2, a), 1.0 + s2 / (s1 * s1))

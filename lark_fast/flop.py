@@ -96,6 +96,7 @@ class Matrix:
 
     block: str  # the module that it is part of, without its own: "layers.0.mlp"
     shape: "torch.Size"  # of the numbers that it stands for, in however few bits they are stored
+    own: "torch.Size"  # of those that this rank has of it, where it is spread over ranks
     active: float = 1.0  # the share of it that one token meets
     experts: int = 1  # that it is made of
 
@@ -107,6 +108,8 @@ def matrices(model: "PreTrainedModel") -> Iterator[Matrix]:
     ``experts``.
     """
     from torch import nn
+
+    from lark_fast.tensor_parallel import on_this_rank
 
     decoder = model.get_decoder()
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -123,7 +126,9 @@ def matrices(model: "PreTrainedModel") -> Iterator[Matrix]:
             # A fused parameter is of its module; a Linear's weight is of the module around it.
             block = name if own != "weight" else name.rpartition(".")[0]
             shape = shape_of(module, weight) if own == "weight" else weight.shape
-            yield Matrix(block=block, shape=shape, active=active, experts=n)
+            spread = hasattr(weight, "to_local")
+            own_shape = on_this_rank(weight).shape if spread else shape
+            yield Matrix(block=block, shape=weight.shape if spread else shape, own=own_shape, active=active, experts=n)
 
 
 def shape_of(module: "nn.Module", weight: "Tensor") -> "torch.Size":

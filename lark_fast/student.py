@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from lark_fast.attention import Pack, UnknownAttentionError, attention_in_packs, can_be_packed
 from lark_fast.errors import UserError
 from lark_fast.kernels.head import Head
+from lark_fast.kernels.token_stats import TokenStats, token_stats
 from lark_fast.loading import load_model, read_device_map, refuse_missing_device, torch_device
 from lark_fast.student_files import StudentFiles, find_student, found, one_line
+from lark_fast.talk import lost_ranks
+from lark_fast.tensor_parallel import Ranks, load_over_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +30,8 @@ PROBE_LENGTHS = (7, 12, 1, 5)
 class Student:
     """A causal language model as the scorer and the trainer see it: hidden states and a head.
 
-    Works with any Transformers model that has an output embedding. What happens to its logits afterwards (Gemma-2's
+    Works with any Transformers model that has an output embedding, also one that is spread over ranks
+    (``tensor_parallel.py``): then all of them make the same calls. What happens to its logits afterwards (Gemma-2's
     softcap, Cohere's and Granite's scales) is read from the config and checked once against the model's own logits.
 
     Args:
@@ -55,7 +59,10 @@ class Student:
         if self.quantised and not _is_plain(self._output.weight):
             refuse_adapted_head(self._output)
             self._unpacked = _unpacked(self._output, self._config.hidden_size, model.dtype)
-        self._check_head()
+        self.ranks = Ranks.of(model)
+        fault = self._found(self._head_fault)
+        if fault is not None:
+            raise ValueError(fault)
 
     @property
     def path(self) -> str:
@@ -104,7 +111,7 @@ class Student:
 
     @property
     def head(self) -> Head:
-        """The head's live parameters."""
+        """The head's live parameters; of a model that is spread over ranks, this rank's words of it."""
         config = self._config
         scale = getattr(config, "logit_scale", None)
         if scale is None and getattr(config, "logits_scaling", None):
@@ -113,7 +120,18 @@ class Student:
             scale = getattr(config, "lm_head_multiplier", None)
         softcap = getattr(config, "final_logit_softcapping", None)
         weight = self._output.weight if self._unpacked is None else self._unpacked
-        return Head(weight, getattr(self._output, "bias", None), softcap, scale)
+        bias = getattr(self._output, "bias", None)
+        if self.ranks is not None:
+            weight, bias = self.ranks.part(weight), None if bias is None else self.ranks.part(bias)
+        return Head(weight, bias, softcap, scale)
+
+    def token_stats(self, hidden: Tensor, labels: Tensor, **options: Any) -> TokenStats:
+        """``lark_fast.kernels.token_stats`` by the head; ``options`` are what that takes besides."""
+        head = self.head
+        if self.ranks is not None:
+            return self.ranks.token_stats(hidden, head, labels, **options)
+        of_head = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
+        return token_stats(hidden, head.weight, labels, **of_head, **options)
 
     def hidden(self, input_ids: Tensor, pack: Pack | None = None, position_ids: Tensor | None = None) -> Tensor:
         """The output embedding's input, without computing a logit.
@@ -170,10 +188,16 @@ class Student:
         """
         if not can_be_packed(self.model):
             return "its layers mix tokens in ways that packs are not known to keep"
+        return self._found(self._packing_fault)
+
+    def _found(self, look: Callable[[], str | None]) -> str | None:
+        """What is found with the model in evaluation mode; over ranks, what the first of them finds."""
         was_training = self.model.training
         self.model.eval()
         try:
-            return self._packing_fault()
+            with lost_ranks():
+                fault = look()
+            return fault if self.ranks is None else self.ranks.talk.first(fault)
         finally:
             self.model.train(was_training)
 
@@ -209,37 +233,39 @@ class Student:
         return self.max_positions if "dynamic" in kinds else None
 
     @torch.no_grad()
-    def _check_head(self) -> None:
+    def _head_fault(self) -> str | None:
         """Our head against the model's own logits, on a few tokens: never score with a head that is not the model's.
 
         And the same tokens with another one behind them: nothing that is scored may have been seen.
         """
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            ids = torch.arange(PROBE_TOKENS, device=self.device).remainder(self.vocab_size).unsqueeze(0)
-            own = self.model(input_ids=ids, use_cache=False).logits[0]
-            hidden = self.hidden(ids)[0]
-            ids[0, -1] = PROBE_TOKENS % self.vocab_size
-            other = self.hidden(ids)[0]
-            ours = self.head.logits(hidden)
-            own = own.to(ours)
-        finally:
-            self.model.train(was_training)
+        ids = torch.arange(PROBE_TOKENS, device=self.device).remainder(self.vocab_size).unsqueeze(0)
+        own = self.model(input_ids=ids, use_cache=False).logits[0]
+        hidden = self.hidden(ids)[0]
+        ids[0, -1] = PROBE_TOKENS % self.vocab_size
+        other = self.hidden(ids)[0]
+        ours = self.head.logits(hidden)
+        if self.ranks is not None:
+            if self.ranks.apart(hidden):
+                return f"Transformers' plan for {type(self.model).__name__} leaves ranks with different hidden states"
+            own = own[:, self.ranks.words]
+        own = own.to(ours)
+        if own.shape != ours.shape:
+            return f"its logits are {tuple(own.shape)} where its output embedding makes {tuple(ours.shape)}"
         if own.isnan().any():
-            raise ValueError("its logits are not numbers (NaN); look at its weights")
+            return "its logits are not numbers (NaN); look at its weights"
         # The products of a quantised head are rounded as those of half precision, and ours are not.
         low = self._unpacked is not None or self.dtype in (torch.bfloat16, torch.float16)
         tolerance = 3e-2 if low else 1e-3
         if not torch.allclose(ours, own, rtol=tolerance, atol=tolerance * float(own.abs().max()), equal_nan=True):
-            raise ValueError(
+            return (
                 f"{type(self.model).__name__} changes its logits in a way lark-fast does not know "
                 f"(largest difference {float((ours - own).abs().max()):.3g})"
             )
         # All before the last, for a few may round otherwise (experts); in LLM.int8 a large token has all others do so.
         moved = (hidden - other).float().norm(dim=1) / hidden.float().norm(dim=1)
         if bool((moved[:-1] > (1e-1 if self.quantised else tolerance)).all()):
-            raise ValueError(f"{type(self.model).__name__} lets tokens see those behind them: it is no causal model")
+            return f"{type(self.model).__name__} lets tokens see those behind them: it is no causal model"
+        return None
 
 
 def _is_plain(weight: Tensor) -> bool:
@@ -299,6 +325,7 @@ def load_student(
     trust_remote_code: bool = False,
     tokenizer: bool = True,
     quiet: bool = False,
+    tensor_parallel: bool = False,
 ) -> Student:
     """Load a student from a directory or a Hugging Face id, ready to score.
 
@@ -313,6 +340,8 @@ def load_student(
         trust_remote_code: run model code that the checkpoint brings along.
         tokenizer: load the tokenizer too.
         quiet: do not tell of tensors that have no place in the model.
+        tensor_parallel: spread the model over the ranks of the default process group, which all make this call; see
+            ``tensor_parallel.py``.
 
     Raises:
         UserError: nothing there, or it cannot be loaded; the message says what is missing.
@@ -326,7 +355,13 @@ def load_student(
         raise UserError(f"--dtype {dtype}: not one of auto, {', '.join(DTYPES)}")
     # What a quantised checkpoint is computed in, its quantiser has said.
     chosen = DTYPES.get(dtype if files.quantised else dtype_on(place, dtype), "auto")
-    model = load_model(files, place, chosen, device_map=placed, trust_remote_code=trust_remote_code, quiet=quiet)
+    how = {"trust_remote_code": trust_remote_code}
+    if tensor_parallel:
+        if placed is not None:
+            raise UserError(f"--device-map {device_map}: spreads a student by itself; leave it or torchrun away")
+        model = load_over_ranks(files, place, chosen, **how)
+    else:
+        model = load_model(files, place, chosen, device_map=placed, quiet=quiet, **how)
     words = load_tokenizer(files, trust_remote_code) if tokenizer else None
     try:
         loaded = Student(model, words, files)

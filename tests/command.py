@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -57,7 +58,9 @@ def make_records(problems: int, candidates: int = 3, words: int = 4):
 # It has no thread but its own when it forks. A child ends as any Python program does (threads are waited for, what was
 # registered with atexit runs) but for the modules, which are not taken apart: that takes twice as long as most tests.
 _FORKING = """
-import atexit, gc, json, os, sys, threading
+import atexit, contextlib, gc, json, os, sys, threading
+with contextlib.suppress(ImportError):
+    import typer._adapters  # at the first option; it imports pydantic
 import pyarrow.parquet
 import lark_fast.cli.app
 import lark_fast.rendering.inspection, lark_fast.scoring.dry_run, lark_fast.scoring.engine, lark_fast.scoring.scorer
@@ -145,6 +148,20 @@ class Forks:
     def run(self, *words, code: int = 0, before: str = "") -> "Fork":
         """Run a command to its end, which is checked."""
         return self.start(*words, before=before).ended(code)
+
+    def start_ranks(self, befores, *words) -> "list[Fork]":
+        """Start a command on ranks, as torchrun does, without its own process; ``befores``: the program of each."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(befores))}
+        told["TORCHELASTIC_RUN_ID"] = "t"
+        return [
+            self.start(
+                *words, before=f"os.environ.update({told | {'RANK': str(rank), 'LOCAL_RANK': str(rank)}})\n{before}"
+            )
+            for rank, before in enumerate(befores)
+        ]
 
 
 class Fork:

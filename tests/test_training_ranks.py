@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -72,17 +71,7 @@ def over_ranks(*arguments, **options):
 def over_forks(forks, *arguments, ranks=2, **options):
     """The same without torchrun and without the imports: rank 0."""
     words = torchrun(*arguments, **options)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "TORCHELASTIC_RUN_ID": "t"}
-    started = [
-        forks.start(
-            *words[words.index("lark_fast") + 1 :],
-            before=f"os.environ.update({told | {'RANK': str(rank), 'LOCAL_RANK': str(rank)}})",
-        )
-        for rank in range(ranks)
-    ]
+    started = forks.start_ranks([""] * ranks, *words[words.index("lark_fast") + 1 :])
     first, *_ = [rank.ended() for rank in started]
     return first
 

@@ -121,6 +121,8 @@ def score(
         trust_remote_code=trust_remote_code,
     )
     summary = score_pool(config)
+    if summary is None:  # another rank has it
+        return
     if as_json:
         print(json.dumps(summary.as_json()))
     else:

@@ -44,7 +44,7 @@ class Footprint:
     Nothing is kept from layer to layer. The head adds two blocks of float32 logits.
 
     Attributes:
-        weights: bytes of all parameters, each counted once.
+        weights: bytes of all parameters, each counted once; of a model that is spread over ranks, of this rank's.
         token: bytes of a token of a pack.
         head: bytes of the head's workspace, whatever the pack.
     """
@@ -57,9 +57,11 @@ class Footprint:
     def of(cls, model: "PreTrainedModel") -> "Footprint":
         """The footprint of a Transformers causal language model; one on the ``meta`` device does as well."""
         from lark_fast.kernels.token_stats_torch import CPU_BLOCK, GPU_BLOCK
+        from lark_fast.tensor_parallel import on_this_rank
 
         parameters = {id(parameter): parameter for parameter in model.parameters()}
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+        own = [on_this_rank(parameter) for parameter in parameters.values()]
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in own)
         head = model.get_output_embeddings().weight
         n_words, width = shape_of(model.get_output_embeddings(), head)
         rows, words = CPU_BLOCK if head.device.type == "cpu" else GPU_BLOCK
@@ -88,7 +90,7 @@ def _widest_block(model: "PreTrainedModel", width: int) -> float:
     """Numbers that a token has in the widest block beside the residual stream of this width."""
     sides: dict[str, list[float]] = defaultdict(list)
     for matrix in matrices(model):
-        shape, met = matrix.shape, matrix.active * matrix.experts  # by a token: 1, or k of the experts
+        shape, met = matrix.own, matrix.active * matrix.experts  # by a token: 1, or k of the experts
         side = shape.numel() / matrix.experts / width if width in shape else shape[0]
         if matrix.experts > 1 and matrix.block not in sides:
             sides[matrix.block].append(2 * width * met)

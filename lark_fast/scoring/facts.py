@@ -22,7 +22,8 @@ class Facts:
         n_parameters: of the model.
         unpackable, tokens_per_batch, cost: see ``Scorer``.
         one_shape: see ``Layout``.
-        ceiling: FLOP/s of the device's best matrix product.
+        ranks: that it is spread over, see ``tensor_parallel``; 1: it is whole.
+        ceiling: FLOP/s of the best matrix product of its device, or of those of its ranks.
     """
 
     device_type: str
@@ -35,12 +36,14 @@ class Facts:
     tokens_per_batch: int
     one_shape: bool
     cost: ForwardCost
+    ranks: int
     ceiling: float
 
     @classmethod
     def of(cls, scorer: "Scorer") -> "Facts":
         """What there is to know; the device has to be idle."""
         student = scorer.student
+        ranks = 1 if student.ranks is None else student.ranks.talk.size
         return cls(
             device_type=student.device.type,
             dtype=str(student.dtype).removeprefix("torch."),
@@ -52,7 +55,8 @@ class Facts:
             tokens_per_batch=scorer.tokens_per_batch,
             one_shape=scorer.compile,
             cost=scorer.cost,
-            ceiling=matmul_ceiling(student.device, student.dtype),
+            ranks=ranks,
+            ceiling=ranks * matmul_ceiling(student.device, student.dtype),
         )
 
     @property

@@ -4,6 +4,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 
 from lark_fast.batch import Batch, Inputs
-from lark_fast.kernels.token_stats import STATISTICS, TokenStats, token_stats
+from lark_fast.errors import UserError
+from lark_fast.kernels.token_stats import STATISTICS, TokenStats
 from lark_fast.kernels.trajectory_reduce import TrajectoryReduction, trajectory_reduce
 from lark_fast.scoring.layout import Layout
 from lark_fast.student import Student
+from lark_fast.talk import lost_ranks
 
 Until = Callable[[Iterable[Batch | None]], Iterator[Batch | None]]
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
@@ -62,6 +65,7 @@ class Passes:
     Attributes:
         layout: how batches are put together.
         work: what has been done.
+        together: of a student that is spread over ranks: each batch is run by all of them inside this.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class Passes:
         )
         self.ahead = 1 if on_gpu else 0  # passes that are on their way when the next one is
         self.work = Work()
+        self.together: Callable[[Batch], AbstractContextManager[None]] = self._alike
 
     @torch.no_grad()
     def run(self, batches: Iterable[Batch | None], until: Until = iter) -> Iterator[tuple[Batch, list[Scored] | None]]:
@@ -132,6 +137,8 @@ class Passes:
 
     def _start(self, batch: Batch) -> "_Pending | None":
         """Send a batch on its way; None where the device's memory does not suffice, even once it has been tidied."""
+        if self.student.ranks is not None:
+            return self._start_together(batch)
         for _ in range(2):
             try:
                 return self._launch(batch)
@@ -142,6 +149,30 @@ class Passes:
             if self.student.device.type == "cuda":
                 torch.cuda.empty_cache()
         return None
+
+    def _start_together(self, batch: Batch) -> "_Pending":
+        """On all ranks. One that fails leaves the others waiting for it inside the pass, so that none can do it again.
+
+        Raises:
+            UserError: this rank's memory does not suffice, or another rank is lost.
+        """
+        try:
+            with self.together(batch), lost_ranks():
+                return self._launch(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"the memory of {self.student.device} does not suffice for a pass of {batch.size} tokens; "
+                f"--tokens-per-batch {max(1, batch.size // 2)} needs less"
+            ) from error
+
+    @contextmanager
+    def _alike(self, batch: Batch) -> Iterator[None]:
+        """Other ranks have the same batch: they would wait for each other for ever, or mix what they make."""
+        if not self.student.ranks.talk.agree(batch.numbers):
+            raise ValueError("the ranks of a student are given different sequences")
+        yield
 
     def _launch(self, batch: Batch) -> "_Pending":
         clock = _Clock(self.student.head_device)
@@ -155,15 +186,10 @@ class Passes:
 
     def _stats(self, student: Student, inputs: Inputs, top_k: int | None) -> TokenStats:
         hidden = student.hidden(inputs.ids, inputs.pack, inputs.places)
-        head = student.head
-        return token_stats(
+        return student.token_stats(
             hidden.flatten(0, 1),
-            head.weight,
             inputs.targets,
             rows=inputs.rows,
-            bias=head.bias,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
             top_k=top_k,
             statistics=self.statistics,
             impl=self.impl,

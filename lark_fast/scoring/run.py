@@ -2,11 +2,12 @@
 
 import itertools
 import json
+import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -67,16 +68,28 @@ class ScoreConfig:
     trust_remote_code: bool = False
 
 
-def score_pool(config: ScoreConfig) -> ScoreSummary:
+def score_pool(config: ScoreConfig) -> ScoreSummary | None:
     """Score every trajectory of a pool that the store does not hold yet.
 
+    Started by torchrun, the ranks are one student, see ``ranks.py``.
+
     Returns:
-        Counts and timing; ``dry_run`` reads, renders, counts and estimates, and writes nothing.
+        Counts and timing; ``dry_run`` reads, renders, counts and estimates, and writes nothing. None on every rank but
+        the first.
 
     Raises:
         UserError: bad input; what was finished stays in the store.
         KeyboardInterrupt: as above.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # what torchrun sets
+        from lark_fast.scoring.ranks import score_over_ranks
+
+        return score_over_ranks(config)
+    return score_in(open_place, config)
+
+
+def score_in(open_place: Callable[[ScoreConfig], AbstractContextManager["Place"]], config: ScoreConfig) -> ScoreSummary:
+    """``score_pool`` with the student wherever ``open_place`` has it."""
     pool = Pool(config.pool, share=None if config.shard is None else Share.parse(config.shard))
     if pool.share is not None and config.export is not None:
         raise UserError(f"--export {config.export}: takes all candidates of a problem; give it to `lark-fast merge`")
@@ -89,7 +102,7 @@ def score_pool(config: ScoreConfig) -> ScoreSummary:
     refuse_taken(config.out)
     with (
         Interrupts() as interrupts,
-        _open_place(config) as place,
+        open_place(config) as place,
         ScoreStore(config.out, _identity(config, place), overwrite=config.overwrite) as store,
         writing_to(config.out),
     ):
@@ -102,7 +115,7 @@ def score_pool(config: ScoreConfig) -> ScoreSummary:
 
 
 @contextmanager
-def _open_place(config: ScoreConfig) -> Iterator["Place"]:
+def open_place(config: ScoreConfig) -> Iterator["Place"]:
     """The student, ready: in this process, or in one a device."""
     from lark_fast.scoring.place import Here
 
@@ -123,16 +136,19 @@ def _open_place(config: ScoreConfig) -> Iterator["Place"]:
     yield place
 
 
-def load_scorer(config: ScoreConfig) -> "Scorer":
-    """The student and what goes with it, as asked for."""
+def load_scorer(config: ScoreConfig, *, dtype: str | None = None, **options: Any) -> "Scorer":
+    """The student, or two states of one, and what goes with it, as asked for.
+
+    Args:
+        config: of the run.
+        dtype: None: ``chosen_dtype``.
+        options: more that ``load_student`` takes.
+    """
     from lark_fast.scoring.paired import PairedScorer
     from lark_fast.scoring.scorer import Scorer
     from lark_fast.student import choose_device, load_student
 
-    dtype = config.dtype
-    if dtype == "auto" and not config.overwrite:
-        # A store that has been begun goes on in its own precision, wherever it was begun.
-        dtype = _stored_dtype(config.out)
+    dtype = dtype or chosen_dtype(config)
     files = students_of(config)
     if dtype == "auto" and config.after is not None and choose_device(config.device).type == "cpu":
         # What a few steps change can be less than what bfloat16 rounds off. Quantisers have a dtype of their own.
@@ -143,9 +159,10 @@ def load_scorer(config: ScoreConfig) -> "Scorer":
         "device": config.device,
         "device_map": config.device_map,
         "trust_remote_code": config.trust_remote_code,
+        **options,
     }
     student = load_student(files[0], dtype=dtype, **how)
-    options = {
+    made = {
         "top_k": config.top_k,
         "options": config.options.fitting(student.max_positions),
         "chat_template": config.chat_template,
@@ -153,9 +170,9 @@ def load_scorer(config: ScoreConfig) -> "Scorer":
         "compile": config.compile,
     }
     if config.after is None:
-        return Scorer(student, **options)
+        return Scorer(student, **made)
     after = load_student(files[1], dtype=str(student.dtype).removeprefix("torch."), **how)
-    return PairedScorer(student, after, **options)
+    return PairedScorer(student, after, **made)
 
 
 def students_of(config: ScoreConfig) -> list[StudentFiles]:
@@ -168,9 +185,12 @@ def students_of(config: ScoreConfig) -> list[StudentFiles]:
     return [find_student(path, base) for path, base in zip(paths, given, strict=True)]
 
 
-def _stored_dtype(out: str) -> str:
+def chosen_dtype(config: ScoreConfig) -> str:
+    """What was asked for; a store that has been begun goes on in its own precision, wherever it was begun."""
+    if config.dtype != "auto" or config.overwrite:
+        return config.dtype
     try:
-        return read_manifest(out)["identity"].get("dtype", "auto")
+        return read_manifest(config.out)["identity"].get("dtype", "auto")
     except UserError:
         return "auto"  # nothing has been begun, or the store will say what is wrong with it
 
@@ -445,6 +465,7 @@ def _finish(
             "device": config.device,
             "devices": place.devices,
             "device_map": config.device_map,
+            "ranks": place.facts.ranks,
             "tokens_per_batch": place.facts.tokens_per_batch,
             "compile": config.compile,
         },

@@ -92,7 +92,8 @@ class Scorer:
     """Scores trajectories with a student, one forward pass each and no [T, V] matrix.
 
     Args:
-        model: a Transformers causal language model, on whatever device and in whatever dtype it is to run.
+        model: a Transformers causal language model, on whatever device and in whatever dtype it is to run. One that is
+            spread over ranks (``tensor_parallel``) takes the same calls on all of them, and gives all the same scores.
         tokenizer: its tokenizer, with a chat template; not needed for ``score_tokens``.
         top_k: also compute the Brier score over the ``top_k`` largest logits and build rho from it, as the paper does
             (50); None: the exact one.
@@ -122,6 +123,8 @@ class Scorer:
         self.top_k, self.impl, self.compile = top_k, impl, compile
         self.options = options or RenderOptions()
         self.tokens_per_batch = tokens_per_batch or _fitting_tokens(self.student)
+        if self.student.ranks is not None:
+            self.tokens_per_batch = int(self.student.ranks.talk.least(torch.tensor(self.tokens_per_batch)))
         self.renderer = None
         if self.student.tokenizer is not None:
             self.renderer = Renderer(
@@ -172,11 +175,13 @@ class Scorer:
         device: str = "auto",
         dtype: str = "auto",
         device_map: str | None = None,
+        tensor_parallel: bool = False,
         top_k: int | None = None,
         **options: Any,
     ) -> "Scorer":
         """Load a student as ``load_student`` does, an adapter on its base too; further arguments as for ``Scorer``."""
-        student = load_student(path, base=base, device=device, dtype=dtype, device_map=device_map)
+        how = {"device": device, "dtype": dtype, "device_map": device_map, "tensor_parallel": tensor_parallel}
+        student = load_student(path, base=base, **how)
         return cls(student, top_k=top_k, **options)
 
     def score(

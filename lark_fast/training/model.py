@@ -14,7 +14,7 @@ from lark_fast.kernels.token_stats import token_stats
 from lark_fast.student import Student, refuse_adapted_head
 from lark_fast.student_files import StudentFiles
 from lark_fast.training.config import LoraOptions, TrainConfig
-from lark_fast.training.world import World
+from lark_fast.world import World
 
 if TYPE_CHECKING:
     from peft import PeftModel

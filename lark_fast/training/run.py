@@ -24,8 +24,8 @@ from lark_fast.training.probe import write_probe
 from lark_fast.training.state import RunDirectory
 from lark_fast.training.step import Trainer
 from lark_fast.training.trackers import Trackers
-from lark_fast.training.world import World, started_by_torchrun
 from lark_fast.versions import versions
+from lark_fast.world import World, started_by_torchrun
 
 # What decides the numbers but for rounding; device, micro-batches, packing, recomputation and ranks only decide how.
 IDENTITY = (

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from lark_fast.errors import UserError
 from lark_fast.files import TEMPORARY_SUFFIX, atomic_path, fsync_directory, write_json
 from lark_fast.lock import LOCK, DirectoryLock
-from lark_fast.training.world import ALONE, World
+from lark_fast.world import ALONE, World
 
 MANIFEST, METRICS, CHECKPOINT = "manifest.json", "metrics.jsonl", "checkpoint"
 PROBE = "probe-before.safetensors"

@@ -18,7 +18,7 @@ from lark_fast.training.data import TrainingSet
 from lark_fast.training.model import prepare, release_parameters
 from lark_fast.training.objective import learning_rate, mean_weight, token_weights
 from lark_fast.training.optimizers import make_optimizer
-from lark_fast.training.world import ALONE, World
+from lark_fast.world import ALONE, World
 
 
 @dataclass(frozen=True, slots=True)
