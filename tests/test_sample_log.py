@@ -20,12 +20,15 @@ from transformers import (
 from trl import SFTTrainer
 
 from lark_fast import Scorer
+from lark_fast.kernels.token_stats import token_stats
 from lark_fast.kernels.trajectory_reduce import MAX_RANK
 from lark_fast.scoring.feed import token_hash
 from lark_fast.trainers import SampleLog, read_sample_log, use_linear_cross_entropy
 from tests.tiny import byte_level_tokenizer, tiny_gemma2, tiny_llama
 from tests.trainer_runs import LAYOUTS, ROWS, VOCAB, hf, settings, sft, trained
 
+# Of every other sample all tokens are scored, but for the first, which nothing predicts.
+ROWS = [row | ({"labels": row["input_ids"]} if place % 2 else {}) for place, row in enumerate(ROWS)]
 PLAIN = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in ROWS]
 MEANS = ("n_tokens", "nll", "brier", "entropy", "rank_mean")
 WHOLE = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 6}  # an epoch is a step
@@ -153,12 +156,17 @@ def test_without_logits_and_with_adapters(tmp_path):
 
 
 def test_under_autocast(tmp_path):
-    model = tiny_llama(VOCAB)
-    expected = scored(model)
-    logged = trained(plain(tmp_path, model=model, callbacks=[SampleLog(tmp_path / "log")], bf16=True))
-    assert logged.losses == trained(plain(tmp_path, bf16=True)).losses
-    for line in lines(tmp_path / "log"):
-        assert line["nll"] == pytest.approx(expected[line["sample"]][1], rel=2e-2)
+    model, expected = tiny_llama(VOCAB), {}
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        for row in PLAIN:
+            hidden = model.model(torch.tensor([row["input_ids"]])).last_hidden_state[0, :-1].bfloat16()
+            labels = torch.tensor(row["labels"][1:])
+            nll = token_stats(hidden, model.lm_head.weight.bfloat16(), labels).nll
+            expected[name_of(row)] = nll[labels != -100].double().mean().item()
+    alone = {"bf16": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": len(PLAIN)}
+    logged = trained(plain(tmp_path, model=model, callbacks=[SampleLog(tmp_path / "log")], **alone))
+    assert logged.losses == trained(plain(tmp_path, **alone)).losses
+    assert {line["sample"]: line["nll"] for line in lines(tmp_path / "log")} == pytest.approx(expected, rel=1e-6)
 
 
 def test_losses_outside_of_the_model(tmp_path):
@@ -194,10 +202,12 @@ def test_a_resumed_run_goes_on_with_its_file(tmp_path):
         read_sample_log(tmp_path)
 
 
-@pytest.mark.parametrize("marks", ["cu_seq_lens_q", "seq_idx", "attention_mask"])
+@pytest.mark.parametrize("marks", ["position_ids", "cu_seq_lens_q", "seq_idx", "attention_mask"])
 def test_samples_of_a_row_are_told_apart_by(marks, tmp_path):
     flatten = DataCollatorWithFlattening(
-        return_position_ids=False, return_flash_attn_kwargs=marks == "cu_seq_lens_q", return_seq_idx=marks == "seq_idx"
+        return_position_ids=marks == "position_ids",
+        return_flash_attn_kwargs=marks == "cu_seq_lens_q",
+        return_seq_idx=marks == "seq_idx",
     )
 
     def collate(rows):
@@ -208,9 +218,10 @@ def test_samples_of_a_row_are_told_apart_by(marks, tmp_path):
         names = torch.tensor([row["input_ids"][-1] for row in rows]).repeat_interleave(lengths)[None]
         return batch | {"names": names[:, : names.shape[1] - of_rows * (names.shape[1] - 1)]}
 
+    rows = [{"input_ids": [9], "labels": [9]}, *PLAIN, *PLAIN[:1]]  # of a lone token there is nothing to say
     for of_rows in (False, True):
         log = SampleLog(tmp_path / "log", sample_column="names", overwrite=True)
-        trainer = plain(tmp_path, callbacks=[log], remove_unused_columns=False)
+        trainer = plain(tmp_path, rows, callbacks=[log], remove_unused_columns=False)
         trainer.data_collator = collate
         if of_rows:
             with pytest.raises(ValueError, match=r"2 samples in 1 rows, and a sample_column of 1 names"):

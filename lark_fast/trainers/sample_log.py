@@ -1,8 +1,8 @@
 """What every sample costs in every pass of somebody's training run: nll, Brier score, entropy and rank.
 
 Nothing passes through the model a second time. Hooks see what the trainer gives the model and the hidden states that
-come before its head, and ``token_stats`` makes a second matrix product of these and the head: for a model of 1.5
-billion parameters with 150,000 words, a twentieth of the step.
+come before its head, and ``token_stats`` makes a second matrix product of these and the head: a twentieth of the
+FLOP of a step, for a model of 1.5 billion parameters with 150,000 words. A GPU is waited for once a micro-batch.
 """
 
 import json
