@@ -118,7 +118,10 @@ def load_over_ranks(
     if files.adapter is not None or files.quantised:
         what = "an adapter" if files.adapter is not None else "a quantised checkpoint"
         raise UserError(f"{files.name}: {what} is not cut over ranks; {INSTEAD}, or merge it into a plain checkpoint")
+    from transformers.utils.logging import disable_progress_bar
+
     files.refuse_torn()
+    disable_progress_bar()
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
     try:
         model = Talk().done(lambda: _load_in_parts(files.base, place, **options))
