@@ -13,21 +13,25 @@ from lark_fast.scoring.finishing import GROUP_ROWS
 from lark_fast.tables import table
 
 TRAJECTORIES, TOKENS = 10**9, 3_000
-SCORED_SHARE = 0.95  # measured: of the long pool's tokens
+SCORED_SHARE = 0.98  # measured: of the long pool's tokens
 GPU_FLOP = 790e12  # a second, bf16, given for an H200: the ceiling
 SHARES = (0.75, 0.5, 0.3)  # of it, assumed
 GPU_HOUR = 3.0  # USD, assumed
 GPUS_A_NODE, TOKENS_A_PASS = 8, 32_768
 
-TEXT_A_TOKEN, ZSTD_A_TOKEN = 4.1, 0.83  # bytes, measured: JSONL of the long pool, Qwen2's tokenizer, zstd level 3
+TEXT_A_TOKEN, ZSTD_A_TOKEN = 4.1, 0.83  # bytes, measured: JSONL of long answers, Qwen2's tokenizer, zstd level 3
 RENDER = 170_000  # tokens a second and core, measured: the same
-READ_ZSTD, READ_PLAIN = 290e6, 850e6  # bytes of text a second and core, measured: found, split and sent to workers
-FSYNC = 1.2e-3  # seconds, measured: 0.4 to 1.2 ms
-ROW = 106  # bytes on disk, measured: zstd Parquet with rho and g_hat, statistics at random
+READ_ZSTD = 290e6  # bytes of text a second and core, measured: found, split, made ready to be sent
+FSYNC = 1.2e-3  # seconds of a journal's frame, measured: 0.4 to 1.2 ms on a local disk
+ROW, PART = (
+    106,
+    4_600,
+)  # bytes on disk of a row and of a part besides, measured: random statistics, zstd
 TOKEN_COLUMNS = 16  # bytes a scored token with --per-token, before compression: four columns
-KEY, KEY_GROWING = 40, 60  # bytes, see ``lark_fast.pool.keys``
-MERGE = 40  # bytes a row in memory, see ``lark_fast.scoring.merging``
-FINISH, FINISH_GROUP = 1.9e-6, 0.45e-6  # seconds a row, and a row and group of GROUP_ROWS; measured
+KEY, KEY_GROWING = 20, 60  # bytes, see ``lark_fast.pool.keys``
+MERGE, MERGED_ROWS = 40, 1 << 16  # bytes a row in memory and rows of a part, see ``lark_fast.scoring.merging``
+# Seconds of finishing, measured: a row, and a part, each also for every group of GROUP_ROWS.
+FINISH_ROW, FINISH_ROW_GROUP, FINISH_PART, FINISH_PART_GROUP = 2.1e-6, 0.35e-6, 4.7e-3, 1.5e-3
 SELECT, SELECT_BYTES = 8e-7, 110  # seconds and bytes a row, measured: 10,000,000 in 8 s and 1.1 GB
 
 
@@ -79,10 +83,15 @@ def gpu_hours(student: str, share: float, tokens: int = TOKENS) -> float:
     return TRAJECTORIES * tokens / tokens_a_second(student, share, tokens) / 3600
 
 
-def part_files(student: str, rows: int = TRAJECTORIES) -> int:
-    """That one store of so many rows has: a part a window."""
-    in_window = window_tokens(STUDENTS[student].parameters, TOKENS_A_PASS, "cuda") / TOKENS
-    return math.ceil(rows / min(WINDOW_RECORDS, math.ceil(in_window)))
+def rows_of_a_part(student: str, tokens: int = TOKENS) -> int:
+    """A part is a window."""
+    in_window = window_tokens(STUDENTS[student].parameters, TOKENS_A_PASS, "cuda")
+    return min(WINDOW_RECORDS, math.ceil(in_window / tokens))
+
+
+def store_bytes(rows: int, in_part: int) -> float:
+    """Of final parts."""
+    return rows * (ROW + PART / in_part)
 
 
 def fleet_node_hours() -> float:
@@ -90,9 +99,10 @@ def fleet_node_hours() -> float:
     return gpu_hours("7B", 0.5) / GPUS_A_NODE
 
 
-def finishing_seconds(rows: int) -> float:
-    """Of ``add_learnability``: it reads all parts once for every GROUP_ROWS rows."""
-    return rows * (FINISH + FINISH_GROUP * (1 + rows // GROUP_ROWS))
+def finishing_seconds(rows: int, in_part: int) -> float:
+    """Of ``add_learnability``, which reads all parts once for every GROUP_ROWS rows, and then writes them anew."""
+    groups, parts = 1 + rows // GROUP_ROWS, math.ceil(rows / in_part)
+    return rows * (FINISH_ROW + FINISH_ROW_GROUP * groups) + parts * (FINISH_PART + FINISH_PART_GROUP * groups)
 
 
 def tables() -> dict[str, str]:
@@ -100,6 +110,7 @@ def tables() -> dict[str, str]:
     return {
         "students": _students(),
         "lengths": _lengths(),
+        "parts": _parts(),
         "feeding": _feeding(),
         "pieces": _pieces(),
         "shards": _shards(),
@@ -130,14 +141,27 @@ def _students() -> str:
 
 
 def _lengths() -> str:
-    header = ("tokens each", "tokens", "text", "zstd", "scores", "--per-token", *(f"GPU-hours, {x}" for x in STUDENTS))
+    header = ("tokens each", "tokens", "text", "zstd", "--per-token", *(f"GPU-hours, {name}" for name in STUDENTS))
     rows = []
     for tokens in (1_000, TOKENS, 10_000):
         total = TRAJECTORIES * tokens
-        columns = TOKEN_COLUMNS * SCORED_SHARE * total
-        sizes = (TEXT_A_TOKEN * total, ZSTD_A_TOKEN * total, ROW * TRAJECTORIES, columns)
+        sizes = (TEXT_A_TOKEN * total, ZSTD_A_TOKEN * total, TOKEN_COLUMNS * SCORED_SHARE * total)
         hours = (two_digits(gpu_hours(student, 0.5, tokens)) for student in STUDENTS)
         rows.append([f"{tokens:,}", f"{total:.0e}".replace("e+", "e"), *map(_bytes, sizes), *hours])
+    return table(header, rows)
+
+
+def _parts() -> str:
+    header = ("student", "rows of a part", "parts", "scores", "merged: parts", "scores")
+    rows = []
+    for student in STUDENTS:
+        own = rows_of_a_part(student)
+        told = [
+            cell
+            for in_part in (own, MERGED_ROWS)
+            for cell in (f"{math.ceil(TRAJECTORIES / in_part):,}", _bytes(store_bytes(TRAJECTORIES, in_part)))
+        ]
+        rows.append([student, f"{own:,}", *told])
     return table(header, rows)
 
 
@@ -162,21 +186,19 @@ def _feeding() -> str:
 
 
 def _pieces() -> str:
-    header = (
-        *("trajectories", "pieces", "node-hours, 7B", "part files", "scores", "keys in memory"),
-        *("finishing", "select", "its memory"),
-    )
+    finishing = ("finishing", "in parts of a merge")
+    header = ("trajectories", "node-hours", "parts", "keys in memory", *finishing, "select", "its memory")
     rows = []
     for size in (10**6, 10**7, 10**8, 10**9):
+        own = rows_of_a_part("7B")
         rows.append(
             [
                 f"{size:,}",
-                f"{TRAJECTORIES // size:,}",
                 two_digits(fleet_node_hours() * size / TRAJECTORIES),
-                f"{part_files('7B', size):,}",
-                _bytes(ROW * size),
-                f"{_bytes(KEY // 2 * size)} to {_bytes(KEY_GROWING * size)}",
-                _duration(finishing_seconds(size)),
+                f"{math.ceil(size / own):,}",
+                f"{_bytes(KEY * size)} to {_bytes(KEY_GROWING * size)}",
+                _duration(finishing_seconds(size, own)),
+                _duration(finishing_seconds(size, MERGED_ROWS)),
                 _duration(SELECT * size),
                 _bytes(SELECT_BYTES * size),
             ]
