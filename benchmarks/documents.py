@@ -1,7 +1,8 @@
-"""``python -m benchmarks.documents``: docs/results.md and docs/method.md, and their pictures, from records alone.
+"""``python -m benchmarks.documents``: what is in docs/ and has figures in it.
 
-The records are ``benchmarks/results/*/evidence-*.json``, which ``benchmarks.evidence`` wrote and nobody edits; words
-around the figures are in ``docs/*.md.j2``. A test renders both again and compares.
+docs/results.md and docs/method.md, and their pictures, come from records alone, which ``benchmarks.evidence`` wrote and
+nobody edits: ``benchmarks/results/*/evidence-*.json``. docs/scale.md has the tables of ``benchmarks.scale``. Words
+around the figures are in ``docs/*.md.j2``. Tests render all of them again and compare.
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from benchmarks import scale, scale_plan
 from lark_fast.diagnosis.figure import draw_diagnosis
 from lark_fast.diagnosis.measures import Measures as Diagnosed
 from lark_fast.diagnosis.summary import DiagnoseSummary
@@ -28,7 +30,8 @@ from lark_fast.progress import duration
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, RECORDS = ROOT / "docs", "benchmarks/results/*/evidence-*.json"
-DOCUMENTS = ("results.md", "method.md")
+FROM_RECORDS, SCALE = ("results.md", "method.md"), "scale.md"
+DOCUMENTS = (*FROM_RECORDS, SCALE)
 
 
 def main() -> None:
@@ -83,7 +86,7 @@ def revive(kind: Any, value: Any) -> Any:
 
 
 def render(name: str, records: list[dict[str, Any]]) -> str:
-    """One of ``DOCUMENTS``."""
+    """One of ``DOCUMENTS``; ``SCALE`` takes no records."""
     environment = Environment(
         loader=FileSystemLoader(DOCS),
         undefined=StrictUndefined,
@@ -94,7 +97,12 @@ def render(name: str, records: list[dict[str, Any]]) -> str:
     )
     environment.filters |= {"told": told, "percent": _percent, "duration": duration, "demoted": _demoted}
     environment.globals |= {"find": find, "gap": _gap, "pace": _pace}
-    return environment.get_template(f"{name}.j2").render(records=records, first=records[0])
+    if name == SCALE:
+        assumed = {"passes": scale.Passes(), "fleet": scale.Fleet(), "seeds": scale.SEEDS}
+        given = {"tables": scale.tables(), "plan": scale_plan, **assumed}
+    else:
+        given = {"records": records, "first": records[0]}
+    return environment.get_template(f"{name}.j2").render(given)
 
 
 def _percent(share: float) -> str:

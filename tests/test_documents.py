@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from benchmarks.documents import DOCS, DOCUMENTS, read_record, read_records, render, revive
+from benchmarks.documents import DOCS, FROM_RECORDS, read_record, read_records, render, revive
 from lark_fast.diagnosis.measures import Measures, measure
 from lark_fast.files import without_nan
 from tests.test_diagnosis_measures import lines
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", FROM_RECORDS)
 def test_committed_as_written(name):
     assert (DOCS / name).read_text(encoding="utf-8") == render(name, read_records()), "run `make docs`"
 
@@ -24,7 +24,7 @@ def test_figures_come_back_from_json():
     )
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", FROM_RECORDS)
 def test_a_record_without_a_pilot(tmp_path, name):
     record = read_records()[0]
     raw = json.loads((DOCS.parent / record["path"]).read_text(encoding="utf-8"))
