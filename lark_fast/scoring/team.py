@@ -29,7 +29,10 @@ from lark_fast.scoring.run import ScoreConfig, students_of
 from lark_fast.scoring.team_member import Asked, Broken, PieceDone, Pulled, Ready, Refused, Result, serve
 from lark_fast.student import load_tokenizer
 
-MOST_LOSSES = 3  # of a pass, before its trajectories are tried singly; of a device in a row, before it is left out
+MOST_LOSSES = 3  # processes that a pass may cost, before its trajectories are tried singly; and one of these
+# Processes that a device may lose in a row, before it is left out. More than one bad trajectory costs; fewer where they
+# do not even load the student.
+MOST_FAILURES, FAILURES_OF_A_START = 9, 3
 WINDOWS_AHEAD = 2
 _END = object()
 
@@ -245,9 +248,9 @@ class Team:
         for job in reversed(member.jobs):
             self._again.extendleft(reversed(self._to_be_done_again(job, how)))
         member.jobs.clear()
-        member.failures += 1
-        if member.failures == MOST_LOSSES:
-            self._leave_out(member, f"its process {how}, {MOST_LOSSES} times in a row")
+        member.failures += 1 if member.facts is not None else FAILURES_OF_A_START
+        if member.failures >= MOST_FAILURES:
+            self._leave_out(member, f"its process {how}, time and again")
             return
         _say(f"the process on {member.device} {how}: its passes are done again, and another one is started")
         member.start()
