@@ -1,7 +1,7 @@
 """The arithmetic of docs/scale.md: a billion trajectories in bytes, hours and money. No chance and no measuring in it.
 
-Rates marked "measured" are those of docs/log.md, "A plan for a billion": one core of a 2-core AMD EPYC, processor time,
-others at work. What a GPU does is assumed: a ceiling that was given, and a share of it.
+Rates marked "measured" are those of docs/log.md: one of two cores of an Intel Xeon, processor time, others at work;
+``FSYNC`` and ``SELECT`` on an AMD EPYC. What a GPU does is assumed: a ceiling that was given, and a share of it.
 """
 
 import math
