@@ -217,7 +217,7 @@ RUN |= {f"paired_{name}" for name in DELTA}  # None: this is one student
 ACCOUNT = {
     *("seconds", "device_seconds", "waiting_seconds", "render_seconds", "write_seconds", "finish_seconds"),
     *("rendered_tokens", "local_tokens", "devices"),
-    *("input_tokens", "scored_tokens", "padded_tokens", "packs", "out_of_memory", "forward_flop"),
+    *("input_tokens", "scored_tokens", "padded_tokens", "packs", "out_of_memory", "lost_processes", "forward_flop"),
     *("tokens_per_second", "matmul_flop_per_second", "ceiling_share", "device_busy_share"),
     *("rendered_tokens_per_second", "writing_share", "padding_share"),
 }

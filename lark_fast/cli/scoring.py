@@ -2,6 +2,7 @@
 
 import json
 import sys
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -32,6 +33,13 @@ from lark_fast.cli.options import (
 )
 
 
+class Engine(StrEnum):
+    """What runs the student."""
+
+    local = "local"
+    ray = "ray"
+
+
 def score(
     *,
     pool: PoolOption,
@@ -60,6 +68,12 @@ def score(
     device_map: Annotated[
         str | None,
         typer.Option(help="Spread a student over GPUs, memory and disk: auto, balanced, sequential or a JSON file."),
+    ] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="ray: as actors of a Ray cluster, --devices of them (default: one a GPU).")
+    ] = Engine.local,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Of the Ray cluster. Default: the one of this machine, or one made for the run.")
     ] = None,
     span: SpanOption = Span.turn,
     render: RenderOption = Render.template,
@@ -105,6 +119,8 @@ def score(
         device=device,
         devices=devices,
         device_map=device_map,
+        engine=engine.value,
+        ray_address=ray_address,
         options=render_options(span, render, system, last_turn_only, long, max_length),
         chat_template=read_template(chat_template),
         tokens_per_batch=number_or_auto(tokens_per_batch, "--tokens-per-batch", at_least=1),

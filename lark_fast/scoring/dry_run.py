@@ -32,7 +32,8 @@ def dry_run(config: "ScoreConfig", pool: Pool) -> ScoreSummary:
     from lark_fast.scoring.run import Rejects, load_scorer, make_feed
     from lark_fast.scoring.team import choose_devices
 
-    devices = choose_devices(config.devices, config.device) if config.devices else [config.device]
+    chosen = config.engine == "local" and config.devices
+    devices = choose_devices(config.devices, config.device) if chosen else [config.device]
     scorer = load_scorer(replace(config, device=devices[0]))
     student = scorer.student
     side_by_side = len(devices) if student.device.type == "cuda" else 1  # processes on a CPU share its cores

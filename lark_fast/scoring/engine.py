@@ -260,6 +260,7 @@ class Engine:
         account, work = self.account, self._runner.work
         account.packs, account.padded_tokens = work.batches, work.padded_tokens
         account.device_seconds, account.out_of_memory = work.device_seconds, work.halvings
+        account.lost_processes = work.losses
 
 
 class _Writer:

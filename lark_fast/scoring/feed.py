@@ -93,11 +93,14 @@ def changed_text(source: str, line: int) -> UserError:
     )
 
 
-def default_workers(device_type: str, devices: int = 1) -> int:
-    """How many workers to use when nobody says: none beside a CPU's forward pass, which needs every core itself."""
+def default_workers(device_type: str, devices: int = 1, beside: int | None = None) -> int:
+    """How many workers to use when nobody says: none beside a CPU's forward pass, which needs every core itself.
+
+    ``beside``: how many of the devices are of this machine and take a core of it; None: all.
+    """
     if device_type == "cpu":
         return 0
-    return max(1, min(_MOST_WORKERS * devices, _usable_cores() - 1 - devices))
+    return max(1, min(_MOST_WORKERS * devices, _usable_cores() - 1 - (devices if beside is None else beside)))
 
 
 def _usable_cores() -> int:

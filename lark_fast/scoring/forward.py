@@ -46,6 +46,7 @@ class Work:
     device_seconds: float = 0.0  # the device was at work
     padded_tokens: int = 0
     halvings: int = 0  # times that memory was short
+    losses: int = 0  # processes that were lost
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))

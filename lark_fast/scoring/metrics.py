@@ -28,6 +28,7 @@ class Account:
     forward_flop: float = 0.0  # see ``lark_fast.flop``
     packs: int = 0  # forward passes
     out_of_memory: int = 0  # times that memory ran out, and a pack was made smaller
+    lost_processes: int = 0  # times that a process with the student was lost, and its passes were done again
     devices: int = 1  # that passes run on at a time
     seconds: float = 0.0  # from the first record to the last row
     device_seconds: float = 0.0  # of these, a forward pass was under way on a device, its own gaps included; their sum

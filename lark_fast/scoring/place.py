@@ -26,12 +26,14 @@ class Place(Protocol):
     Attributes:
         facts: what there is to know of it.
         devices: how many there are of it, each on a device of its own.
+        beside: of these, those whose processes take cores of this machine.
         renderer: makes token ids for it.
         options: how it renders, within the student's positions.
     """
 
     facts: Facts
     devices: int
+    beside: int
     renderer: Renderer
     options: RenderOptions
 
@@ -50,7 +52,7 @@ class Place(Protocol):
 class Here:
     """The student in this process."""
 
-    devices = 1
+    devices = beside = 1
 
     def __init__(self, scorer: "Scorer") -> None:
         self.scorer, self.facts = scorer, Facts.of(scorer)

@@ -56,6 +56,10 @@ class ScoreConfig:
     tokens_per_batch: int | None = None
     workers: int | None = None  # processes that render; None: by the device
     devices: str | None = None  # one process a device, see ``team.choose_devices``; None: ``device`` in this process
+    engine: str = "local"  # or "ray": ``devices`` is how many actors of a Ray cluster, see ``ray_cluster``
+    ray_address: str | None = (
+        None  # of the cluster; None: as Ray finds it, or one of this machine that ends with the run
+    )
     compile: bool = False
     local_steps: int | None = None  # preceding steps that are context of local scores; None: none are made
     limit: int | None = None
@@ -116,9 +120,17 @@ def score_in(open_place: Callable[[ScoreConfig], AbstractContextManager["Place"]
 
 @contextmanager
 def open_place(config: ScoreConfig) -> Iterator["Place"]:
-    """The student, ready: in this process, or in one a device."""
+    """The student, ready: in this process, or in one a device, or in actors of a Ray cluster."""
     from lark_fast.scoring.place import Here
 
+    if config.engine == "ray":
+        if config.device_map is not None:
+            raise UserError("--engine ray gives each actor a student of its own, --device-map spreads one")
+        with _ray_team(config) as team:
+            yield team
+        return
+    if config.ray_address is not None:
+        raise UserError("--ray-address: goes with --engine ray")
     if config.devices is not None:
         if config.device_map is not None:
             raise UserError(
@@ -134,6 +146,16 @@ def open_place(config: ScoreConfig) -> Iterator["Place"]:
     if idle:
         _say(f"{idle} more GPU{'s are' if idle > 1 else ' is'} idle; --devices all takes them too")
     yield place
+
+
+def _ray_team(config: ScoreConfig) -> AbstractContextManager["Place"]:
+    try:
+        from lark_fast.scoring.ray_cluster import ray_team
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise UserError("--engine ray: Ray is not installed; pip install 'lark-fast[ray]'") from None
+    return ray_team(config)
 
 
 def load_scorer(config: ScoreConfig, *, dtype: str | None = None, **options: Any) -> "Scorer":
@@ -204,11 +226,12 @@ def make_feed(
     rejects: "Rejects",
     resumed: bool | None = None,
     devices: int = 1,
+    beside: int | None = None,
 ) -> Feed:
     """The pool's trajectories that are not known yet."""
     workers = config.workers
     if workers is None:  # a tokenizer that came with code of its own cannot be sent to other processes
-        workers = 0 if config.trust_remote_code else default_workers(device_type, devices)
+        workers = 0 if config.trust_remote_code else default_workers(device_type, devices, beside)
     return Feed(
         pool,
         renderer,
@@ -267,7 +290,7 @@ def _score(
         rejects = Rejects(config, summary, log)
         resumed = bool(known or store.unfinished)
         feed = make_feed(
-            config, pool, place.renderer, facts.device_type, known, rejects, resumed, devices=place.devices
+            config, pool, place.renderer, facts.device_type, known, rejects, resumed, place.devices, place.beside
         )
         watch = _Watch(config, place.options, summary, feed, progress, MetricsLog(store.directory / "metrics.jsonl"))
         engine = Engine(
@@ -463,6 +486,7 @@ def _finish(
             "limit": config.limit,
             "max_length": config.options.max_length,
             "device": config.device,
+            "engine": config.engine,
             "devices": place.devices,
             "device_map": config.device_map,
             "ranks": place.facts.ranks,

@@ -133,6 +133,9 @@ class ScoreSummary:
         if account.out_of_memory:
             times = "once" if account.out_of_memory == 1 else f"{account.out_of_memory:,} times"
             known.append(("memory", f"ran short {times}, and packs were made smaller"))
+        if account.lost_processes:
+            times = "once" if account.lost_processes == 1 else f"{account.lost_processes:,} times"
+            known.append(("processes", f"lost {times}, and their passes done again"))
         return known
 
     def as_json(self) -> dict[str, Any]:

@@ -12,8 +12,9 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
+from typing import Protocol
 
 import torch
 
@@ -47,29 +48,89 @@ class _Job:
     left: set[int] = field(default_factory=set)  # of its members, those without a result
 
 
+class Process(Protocol):
+    """A member's process, as ``lark_fast.processes.ChildProcess`` is one."""
+
+    def send(self, pickled: bytes) -> None:
+        """Send it something; does not wait for its work."""
+
+    def receive(self) -> object:
+        """Its next message; ``LostProcessError`` where it is gone."""
+
+    def kill(self) -> None:
+        """End it, whatever it is doing."""
+
+    def wait(self) -> None:
+        """Wait for its end."""
+
+
+class Crew(Protocol):
+    """Where the processes of a team come from."""
+
+    def name(self, number: int, device: str) -> str:
+        """What users read of the member of that number."""
+
+    def beside(self, members: int) -> int:
+        """How many of so many members take cores of this machine."""
+
+    def start(self, asked: Asked) -> Process:
+        """A process that has been told that; ``UserError`` where there can be none."""
+
+    def speaking(self, processes: Sequence[Process], seconds: float | None) -> list[Process]:
+        """Those of which a message can be received; waits for one, so many seconds at most."""
+
+
+class OwnProcesses:
+    """Processes of this machine."""
+
+    def name(self, number: int, device: str) -> str:
+        """See ``Crew``."""
+        return f"the process on {device}"
+
+    def beside(self, members: int) -> int:
+        """See ``Crew``."""
+        return members
+
+    def start(self, asked: Asked) -> ChildProcess:
+        """See ``Crew``."""
+        cores = os.cpu_count() or 1
+        environment = {"TOKENIZERS_PARALLELISM": "false"}
+        if asked.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            environment["OMP_NUM_THREADS"] = str(max(1, cores // asked.members))
+        try:
+            process = ChildProcess(serve, environment)
+        except OSError as error:
+            raise UserError(f"no process can be started for {asked.device} ({error}); use fewer --devices") from error
+        process.send(pickle.dumps(asked))
+        return process
+
+    def speaking(self, processes: Sequence[ChildProcess], seconds: float | None) -> list[ChildProcess]:
+        """See ``Crew``."""
+        ends = {process.connection: process for process in processes}
+        return [ends[connection] for connection in wait(list(ends), seconds)]
+
+
 class _Member:
     """A device and the process that drives it."""
 
-    def __init__(self, asked: Asked) -> None:
-        self.asked, self.device = asked, asked.device
+    def __init__(self, asked: Asked, crew: Crew, number: int) -> None:
+        self.asked, self.crew, self._name = asked, crew, crew.name(number, asked.device)
+        self.where = ""  # its machine, where it is not this one
         self.jobs: deque[_Job] = deque()  # that it has, in the order in which it does them
         self.failures = 0  # in a row
         self.facts: Facts | None = None  # None: not ready
         self.work = Work()  # of this process
-        self.process: ChildProcess | None = None
+        self.process: Process | None = None
 
     def start(self) -> None:
         """Start its process, anew if need be."""
-        cores = os.cpu_count() or 1
-        environment = {"TOKENIZERS_PARALLELISM": "false"}
-        if self.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            environment["OMP_NUM_THREADS"] = str(max(1, cores // self.asked.members))
         self.facts, self.work = None, Work()
-        try:
-            self.process = ChildProcess(serve, environment)
-        except OSError as error:
-            raise UserError(f"no process can be started for {self.device} ({error}); use fewer --devices") from error
-        self.process.send(pickle.dumps(self.asked))
+        self.process = self.crew.start(self.asked)
+
+    @property
+    def name(self) -> str:
+        """What users read of it."""
+        return f"{self._name} on {self.where}" if self.where else self._name
 
     @property
     def room(self) -> int:
@@ -100,6 +161,8 @@ class Team:
     Args:
         config: of the run; each member loads the student as it says.
         devices: a process each.
+        crew: starts the processes; None: on this machine.
+        weights: see ``Asked``.
 
     Raises:
         UserError: on entering: no member could load the student.
@@ -107,9 +170,15 @@ class Team:
 
     ahead = WINDOWS_AHEAD
 
-    def __init__(self, config: ScoreConfig, devices: Sequence[str]) -> None:
-        self._config, self.devices = config, len(devices)
-        self._members = [_Member(Asked(config=config, device=device, members=len(devices))) for device in devices]
+    def __init__(
+        self, config: ScoreConfig, devices: Sequence[str], crew: Crew | None = None, weights: list[str] | None = None
+    ) -> None:
+        self._config, self._crew, self.devices = config, crew or OwnProcesses(), len(devices)
+        self.beside = self._crew.beside(self.devices)
+        self._members = [
+            _Member(Asked(config=config, device=device, members=len(devices), weights=weights), self._crew, number)
+            for number, device in enumerate(devices, 1)
+        ]
         self._again: deque[_Job] = deque()  # passes whose process was lost
         self._failed: list[tuple[Batch, Failed]] = []
         self._numbers = itertools.count()
@@ -188,10 +257,10 @@ class Team:
 
     def _hear(self, seconds: float | None) -> list[tuple[Batch, list[Scored] | None]]:
         """What the members say, within so many seconds."""
-        listening = {member.process.connection: member for member in self._members if member.process is not None}
+        listening = {member.process: member for member in self._members if member.process is not None}
         results = []
-        for connection in wait(list(listening), seconds):
-            member = listening[connection]
+        for process in self._crew.speaking(list(listening), seconds):
+            member = listening[process]
             try:
                 said = member.process.receive()
             except LostProcessError as lost:
@@ -199,7 +268,7 @@ class Team:
                 continue
             match said:
                 case Ready():
-                    self._welcome(member, said.facts)
+                    self._welcome(member, said)
                 case Refused():
                     self._refuse(member, said.reason)
                 case Broken():
@@ -225,14 +294,15 @@ class Team:
             del self._jobs[job.number]
         return batch, None if result.scored is None else [one.unpacked() for one in result.scored]
 
-    def _welcome(self, member: _Member, facts: Facts) -> None:
-        self.facts = self.facts or facts
+    def _welcome(self, member: _Member, ready: Ready) -> None:
+        facts, self.facts = ready.facts, self.facts or ready.facts
         if facts.dtype != self.facts.dtype:
+            where = ready.where or member.asked.device
             raise UserError(
-                f"--devices: the student is in {facts.dtype} on {member.device} and in {self.facts.dtype} on others; "
+                f"--devices: the student is in {facts.dtype} on {where} and in {self.facts.dtype} on others; "
                 "say which with --dtype"
             )
-        member.facts = facts
+        member.facts, member.where = facts, ready.where
 
     def _refuse(self, member: _Member, reason: str) -> None:
         """It cannot load the student."""
@@ -242,7 +312,7 @@ class Team:
     def _lose(self, member: _Member, how: str) -> None:
         """Its process is gone; what it had is done by others."""
         member.end()
-        self._gone += member.work
+        self._gone += replace(member.work, losses=1)
         if member.jobs:
             member.jobs[0].losses += 1
         for job in reversed(member.jobs):
@@ -252,7 +322,7 @@ class Team:
         if member.failures >= MOST_FAILURES:
             self._leave_out(member, f"its process {how}, time and again")
             return
-        _say(f"the process on {member.device} {how}: its passes are done again, and another one is started")
+        _say(f"{member.name} {how}: its passes are done again, and another one is started")
         member.start()
 
     def _to_be_done_again(self, job: _Job, how: str) -> list[_Job]:
@@ -278,8 +348,8 @@ class Team:
         member.end()
         member.facts = None
         if not any(other.process is not None for other in self._members):
-            raise UserError(self._refusals[0] if self._refusals else f"--devices: {member.device} is lost: {why}")
-        _say(f"{member.device} is left out: {why}")
+            raise UserError(self._refusals[0] if self._refusals else f"--devices: {member.name} is lost: {why}")
+        _say(f"{member.name} is left out: {why}")
 
 
 def choose_devices(devices: str, device: str) -> list[str]:

@@ -1,10 +1,11 @@
 """A member of a ``Team``: a process that loads the student onto its device, and scores what it is given."""
 
 import pickle
+import queue
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from lark_fast.processes import Line
 from lark_fast.scoring.facts import Facts
 from lark_fast.scoring.forward import Passes, Scored, Work
 from lark_fast.scoring.local import LocalPasses
-from lark_fast.scoring.run import ScoreConfig, load_scorer
+from lark_fast.scoring.run import ScoreConfig, load_scorer, students_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,7 @@ class Asked:
     config: ScoreConfig
     device: str
     members: int
+    weights: list[str] | None = None  # their fingerprints; None: they are those of the same machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,7 @@ class Ready:
     """It has loaded the student."""
 
     facts: Facts
+    where: str  # its machine, "" for the one that asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +111,27 @@ class _Place:
     step_starts: NDArray[np.int32] | None
 
 
+class TwoWay(Protocol):
+    """How a member hears and speaks; see ``lark_fast.processes.Line``."""
+
+    received: queue.SimpleQueue[bytes]
+
+    def tell(self, pickled: bytes) -> None:
+        """Send a message; does not wait for anybody."""
+
+
 def serve(descriptor: int) -> None:
     """Be a member, until the parent is gone."""
-    line = Line(descriptor)
+    serve_on(Line(descriptor))
+
+
+def serve_on(line: TwoWay, where: str = "") -> None:
+    """Be a member, on the machine that is called so, as long as this process is there."""
     asked: Asked = pickle.loads(line.received.get())
     try:
-        _serve(line, replace(asked.config, device=asked.device))
+        _serve(line, asked, where)
     except UserError as error:
-        line.tell(pickle.dumps(Refused(str(error))))
+        line.tell(pickle.dumps(Refused(f"{error} (on {where})" if where else str(error))))
     except BaseException as error:  # whatever it is, the parent is to say it
         traceback.print_exc()
         line.tell(pickle.dumps(Broken(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")))
@@ -123,11 +139,14 @@ def serve(descriptor: int) -> None:
         line.received.get()  # the message is on its way; the parent ends this
 
 
-def _serve(line: Line, config: ScoreConfig) -> None:
+def _serve(line: TwoWay, asked: Asked, where: str) -> None:
+    config = replace(asked.config, device=asked.device)
     if config.device.startswith("cuda"):
         torch.cuda.set_device(config.device)
     scorer = load_scorer(config)
-    line.tell(pickle.dumps(Ready(Facts.of(scorer))))
+    if asked.weights not in (None, weights_of(config)):
+        raise UserError(f"--student {config.student}: other weights or another config than where the command runs")
+    line.tell(pickle.dumps(Ready(Facts.of(scorer), where)))
     with scorer.passes() as passes:
         runner = passes
         if config.local_steps is not None:
@@ -147,7 +166,12 @@ def _serve(line: Line, config: ScoreConfig) -> None:
             line.tell(pickle.dumps(result))
 
 
-def _pulled(line: Line, passes: Passes) -> Iterator[Batch | None]:
+def weights_of(config: ScoreConfig) -> list[str]:
+    """What identifies the student's weights, or those of its two states."""
+    return [files.fingerprint()["weights"] for files in students_of(config)]
+
+
+def _pulled(line: TwoWay, passes: Passes) -> Iterator[Batch | None]:
     """The passes that it is given; None before it waits for one."""
     while True:
         if line.received.empty():
