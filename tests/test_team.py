@@ -76,7 +76,7 @@ def test_killed_at_random_and_by_a_record(tmp_path, forks, student):
     run = forks.start(
         *words(pool, deadly, tmp_path / "s", "--devices", 2, "--trust-remote-code", "--per-token"), before=QUICK
     )
-    wait_for(lambda: list(tmp_path.glob("s/journal-*")), run)
+    wait_for(lambda: list(tmp_path.glob("s/journal-*")), run, 300)
     rng, killed = random.Random(0), 0
     while run.poll() is None and killed < 2:
         working = members(run)
@@ -108,7 +108,7 @@ def test_stopped_and_gone_on_with_with_another_number(tmp_path, forks, student):
     pool = write_jsonl(tmp_path / "pool.jsonl", make_records(90, 4))
     out, more = tmp_path / "s", ("--local-steps", 1)
     run = forks.start(*words(pool, student, out, "--devices", 3, *more), before=QUICK)
-    wait_for(lambda: list(out.glob("journal-*")), run)
+    wait_for(lambda: list(out.glob("journal-*")), run, 300)
     own = members(run)
     assert len(own) == 3
     run.kill(signal.SIGTERM)
@@ -117,7 +117,7 @@ def test_stopped_and_gone_on_with_with_another_number(tmp_path, forks, student):
     kept = len(rows_of(out))
     assert 0 < kept < 360
     run = forks.start(*words(pool, student, out, "--devices", 2, *more), before=QUICK)
-    wait_for(lambda: len(rows_of(out)) > kept, run)
+    wait_for(lambda: len(rows_of(out)) > kept, run, 300)
     own = members(run)
     run.kill(signal.SIGKILL)
     run.wait()
