@@ -84,6 +84,7 @@ def test_killed_at_random_and_by_a_record(tmp_path, forks, student):
             rng.choice(working).kill()
             killed += 1
         time.sleep(2)
+    run.wait(400)
     run.ended(0)
     assert killed
     rejected = [json.loads(line) for line in (tmp_path / "s" / "rejected.jsonl").read_text().splitlines()]
