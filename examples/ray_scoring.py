@@ -28,12 +28,14 @@ def score(pool: str, student: str, folder: str, actors: int = 2) -> tuple[pa.Tab
     how = {"pool": (pool,), "student": student, "dtype": "float32", "device": "cpu", "overwrite": True}
     ours, theirs = str(Path(folder, "scores")), str(Path(folder, "scores-ray"))
     # A run takes the cluster that its caller has; else it looks for one itself, or starts its own.
-    if not ray.is_initialized():
+    own = not ray.is_initialized()
+    if own:
         ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         print(*score_pool(ScoreConfig(out=theirs, engine="ray", devices=str(actors), **how)).lines(), sep="\n")
     finally:
-        ray.shutdown()
+        if own:
+            ray.shutdown()
     score_pool(ScoreConfig(out=ours, **how))
     return rows(theirs), rows(ours)
 

@@ -1,10 +1,12 @@
 """The same store from actors of a Ray cluster, some of them lost, and the same scores inside Ray Data. An actor takes
 seconds to import what it needs, so few of them are started, and one cluster does for all."""
 
+import contextlib
 import json
 import os
 import pickle
 import runpy
+import secrets
 import shutil
 import signal
 import sys
@@ -19,44 +21,47 @@ from lark_fast.scoring.parts import part_files
 from lark_fast.scoring.run import ScoreConfig, score_pool
 from lark_fast.scoring.store import read_manifest
 from lark_fast.scoring.team_member import Asked, Refused, serve_on
-from tests.command import Forks, make_records, write_jsonl, write_student
+from tests.command import ENVIRONMENT, Forks, make_records, write_jsonl, write_student
 from tests.score_rows import table
 from tests.test_engine_faults import rows_of, wait_for
 from tests.test_examples import EXAMPLES
 
 ray = pytest.importorskip("ray")
 
-QUIET = {"prestart_worker_first_driver": False}  # a process of Ray takes a second to start
+FEW = {"prestart_worker_first_driver": False}  # a process of Ray takes a second to start
 QUICK = "import lark_fast.packing as p; p.CPU_WINDOW_FLOP = 0\n"  # windows of four packs
 
 
 @pytest.fixture(scope="module")
 def cluster():
     """The address of a cluster of four CPUs: at two, two actors and a reader of Ray Data wait for each other."""
-    from ray.cluster_utils import Cluster
-
     directory = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # sockets in it: its name has to be short
     before = psutil.Process().children(recursive=True)
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd()}
-    environment["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing goes over a network
+    environment = {
+        **{"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd()},
+        "RAY_USAGE_STATS_ENABLED": "0",  # nothing goes over a network
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # Ray would leave one of its own in the home directory
+    }
+    quiet = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False, "_system_config": FEW}
+    handler = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        started = Cluster()
-        started.add_node(
-            num_cpus=4, object_store_memory=100 << 20, include_dashboard=False, temp_dir=directory, _system_config=QUIET
-        )
-    processes = [process for process in psutil.Process().children(recursive=True) if process not in before]
-    yield started.address
-    ray.shutdown()
-    started.shutdown()
-    _, alive = psutil.wait_procs([*processes, *actors()], 20)
-    assert not alive
+        ray.init("local", num_cpus=4, object_store_memory=100 << 20, _temp_dir=directory, **quiet)
+        signal.signal(signal.SIGTERM, handler)  # Ray has one of its own
+        # For commands: Ray takes a token to an address that it is given only where it is told so.
+        patch.setitem(ENVIRONMENT, "RAY_AUTH_MODE", "token")
+        patch.setitem(ENVIRONMENT, "RAY_AUTH_TOKEN", environment["RAY_AUTH_TOKEN"])
+        processes = [process for process in psutil.Process().children(recursive=True) if process not in before]
+        yield ray.get_runtime_context().gcs_address
+        ray.shutdown()
+    os.environ.pop("RAY_AUTH_MODE", None)  # which Ray has set
+    assert not psutil.wait_procs([*processes, *actors()], 20)[1]
     shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
-def forks(tmp_path_factory):
+def forks(tmp_path_factory, cluster):
     """Commands of a process that has imported Ray already."""
     started = Forks(tmp_path_factory.mktemp("prints"), "ray")
     yield started
@@ -75,12 +80,14 @@ def words(pool, student, out, *more):
 
 
 def actors():
-    """The processes of actors that score."""
-    return [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if "ray::_Actor" in " ".join(process.info["cmdline"] or ())
-    ]
+    """The processes of the cluster's actors that score."""
+    return [process for process in psutil.Process().children(recursive=True) if "ray::_Actor" in process_title(process)]
+
+
+def process_title(process):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def begun(out, run, more=0):
@@ -244,12 +251,11 @@ def test_actors_that_cannot_be(devices, device, message):
 
 def test_the_example(tmp_path, cluster, student, whole, one_thread, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ray_scoring.py"])
-    ray.init(cluster, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
     score = runpy.run_path(str(EXAMPLES / "ray_scoring.py"))["score"]
     theirs, ours = score(str(whole[0]), str(student), str(tmp_path), actors=1)
     assert theirs.num_rows == 600
     assert theirs.equals(ours)
-    assert not ray.is_initialized()
+    assert ray.is_initialized()  # it was not the example's to end
 
 
 def test_scores_in_a_pipeline_of_ray_data(cluster, student, one_thread):
@@ -263,7 +269,6 @@ def test_scores_in_a_pipeline_of_ray_data(cluster, student, one_thread):
     records = list(make_records(6, 3))
     twin = records[4] | {"candidate_id": 9}
     rows = [*records, {"problem_id": 2, "candidate_id": 7, "teacher": "", "messages": []}, twin]
-    ray.init(cluster, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
     ray.data.DataContext.get_current().enable_progress_bars = False
     arguments = {"fn_constructor_args": (str(student),), "fn_constructor_kwargs": {"dtype": "float32"}}
     scored = ray.data.from_items(rows).map_batches(ScoreBatches, **arguments, concurrency=1, batch_size=8)

@@ -78,6 +78,8 @@ def score_over_ranks(config: ScoreConfig) -> ScoreSummary | None:
 def _fault(config: ScoreConfig) -> str | None:
     if config.devices is not None:
         return "--devices starts one process a GPU by itself, each with a whole student; leave it or torchrun away"
+    if config.engine != "local":
+        return f"--engine {config.engine}: finds its processes by itself; leave it or torchrun away"
     if config.device_map is not None:
         return f"--device-map {config.device_map}: spreads a student by itself; leave it or torchrun away"
     if config.after is not None:

@@ -218,9 +218,9 @@ def _cluster(address: str | None) -> Iterator[None]:
                 ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         except (OSError, RuntimeError, ValueError) as error:
             where = f"--ray-address {address}" if address else "--engine ray"
-            raise UserError(
-                f"{where}: no Ray cluster that can be used ({' '.join(str(error).split())[:300]})"
-            ) from error
+            reason = " ".join(str(error).split())[:300]
+            token = "; where it asks for a token, set RAY_AUTH_MODE=token" if "RAY_AUTH_MODE" not in os.environ else ""
+            raise UserError(f"{where}: no Ray cluster that can be used ({reason}){token}") from error
         try:
             yield
         finally:

@@ -57,9 +57,7 @@ class ScoreConfig:
     workers: int | None = None  # processes that render; None: by the device
     devices: str | None = None  # one process a device, see ``team.choose_devices``; None: ``device`` in this process
     engine: str = "local"  # or "ray": ``devices`` is how many actors of a Ray cluster, see ``ray_cluster``
-    ray_address: str | None = (
-        None  # of the cluster; None: as Ray finds it, or one of this machine that ends with the run
-    )
+    ray_address: str | None = None  # None: the cluster that Ray finds, or one of this machine for the run
     compile: bool = False
     local_steps: int | None = None  # preceding steps that are context of local scores; None: none are made
     limit: int | None = None
