@@ -52,11 +52,11 @@ def cluster():
         # For commands: Ray takes a token to an address that it is given only where it is told so.
         patch.setitem(ENVIRONMENT, "RAY_AUTH_MODE", "token")
         patch.setitem(ENVIRONMENT, "RAY_AUTH_TOKEN", environment["RAY_AUTH_TOKEN"])
-        processes = [process for process in psutil.Process().children(recursive=True) if process not in before]
         yield ray.get_runtime_context().gcs_address
+        processes = [process for process in psutil.Process().children(recursive=True) if process not in before]
         ray.shutdown()
     os.environ.pop("RAY_AUTH_MODE", None)  # which Ray has set
-    assert not psutil.wait_procs([*processes, *actors()], 20)[1]
+    assert not psutil.wait_procs(processes, 20)[1]
     shutil.rmtree(directory, ignore_errors=True)
 
 
