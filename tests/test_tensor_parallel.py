@@ -118,7 +118,7 @@ def test_ranks_score_as_one_process(tmp_path, forks, ranks):
                     torch.testing.assert_close(getattr(one, field), getattr(other, field), rtol=1e-5, atol=1e-5)
                     assert torch.equal(getattr(one, field), getattr(first, field))
                 assert torch.equal(one.rank, other.rank)
-            assert unpackable is None
+            assert unpackable == alone.student.unpackable
             start, end = ([0, *accumulate(sizes)][place] for place in (rank, rank + 1))
             assert torch.equal(weight, alone.student.head.weight[start:end])
             assert len(set(sizes[:-1])) == 1
@@ -211,13 +211,18 @@ def test_whatever_ends_one_rank_ends_all_and_nothing_is_lost(tmp_path, forks, po
 
 def test_rank_0_alone_says_what_is_wrong(tmp_path, forks, pool, student, two):
     missing = tmp_path / "missing.jsonl"
-    for pool_, student_, more, message in [
-        (missing, student, (), f"{missing}' does not exist"),
-        (pool, tmp_path / "nobody", (), "nobody: no such directory"),
-        (pool, student, ("--devices", 2), "--devices starts one process a GPU by itself"),
-        (pool, student, ("--top-k", 5), "holds scores made otherwise"),
+    # As on a machine that has no such directory.
+    elsewhere = "import lark_fast.scoring.ranks as r; find = r.students_of\n"
+    elsewhere += "r.students_of = lambda config: find(r.replace(config, student='/elsewhere'))\n"
+    for pool_, student_, more, of_second, message in [
+        (missing, student, (), "", f"{missing}' does not exist"),
+        (pool, tmp_path / "nobody", (), "", "nobody: no such directory"),
+        (pool, student, (), elsewhere, "rank 1: /elsewhere: no such directory"),
+        (pool, student, ("--devices", 2), "", "--devices starts one process a GPU by itself"),
+        (pool, student, ("--top-k", 5), "", "holds scores made otherwise"),
     ]:
-        first, second = forks.start_ranks([QUICK] * 2, *words(pool_, student_, two[0], *more))
+        befores = [QUICK, QUICK + of_second]
+        first, second = forks.start_ranks(befores, *words(pool_, student_, two[0], *more))
         first.ended(2)
         assert message in first.stderr
         second.wait()

@@ -21,7 +21,7 @@ from lark_fast.scoring.feed import Trajectory
 from lark_fast.scoring.layout import Layout
 from lark_fast.scoring.local import LocalPasses
 from lark_fast.scoring.place import Here, OnPiece
-from lark_fast.scoring.run import ScoreConfig, chosen_dtype, load_scorer, open_place, score_in
+from lark_fast.scoring.run import ScoreConfig, chosen_dtype, load_scorer, open_place, score_in, students_of
 from lark_fast.scoring.summary import ScoreSummary
 from lark_fast.student import choose_device, dtype_on
 from lark_fast.talk import LostRankError, Talk, lost_ranks
@@ -111,7 +111,7 @@ class Leader:
         """The student, ready on all ranks."""
         dtype = dtype_on(choose_device(config.device), chosen_dtype(config))
         with self.together(Begin(dtype)):
-            place = Spread(load_scorer(config, dtype=dtype, tensor_parallel=True), self)
+            place = Spread(_load(config, self._talk, dtype), self)
         yield place
 
     @contextmanager
@@ -151,8 +151,7 @@ def _follow(config: ScoreConfig, talk: Talk) -> None:
         told = talk.told()
         if isinstance(told, End):
             return
-        scorer = _loaded(config, told.dtype)
-        with scorer.passes() as passes, lost_ranks():
+        with _load_quietly(config, talk, told.dtype).passes() as passes, lost_ranks():
             passes.together = nullcontext
             for _ in passes.run(_told_batches(talk, passes.layout)):
                 pass
@@ -162,9 +161,18 @@ def _follow(config: ScoreConfig, talk: Talk) -> None:
         raise UserError(f"rank {talk.rank}: {error}") from error
 
 
-def _loaded(config: ScoreConfig, dtype: str) -> "Scorer":
+def _load(config: ScoreConfig, talk: Talk, dtype: str, **options: bool) -> "Scorer":
+    """This rank's part of the student; what is not there for one of them, none can load."""
     try:
-        return load_scorer(config, dtype=dtype, tensor_parallel=True, tokenizer=False)
+        talk.done(lambda: [files.refuse_torn() for files in students_of(config)])
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return load_scorer(config, dtype=dtype, tensor_parallel=True, **options)
+
+
+def _load_quietly(config: ScoreConfig, talk: Talk, dtype: str) -> "Scorer":
+    try:
+        return _load(config, talk, dtype, tokenizer=False)
     except LostRankError:
         raise
     except UserError as error:  # all ranks meet with what one of them cannot load, and rank 0 says it
