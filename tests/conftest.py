@@ -26,3 +26,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """The command line in this process, which does not measure the machine."""
+    from tests.students import Command
+
+    monkeypatch.setattr("lark_fast.flop.matmul_ceiling", lambda *_: 1e12)
+    monkeypatch.setattr("lark_fast.training.run.matmul_ceiling", lambda *_: 1e12)
+    return Command(monkeypatch, capfd)

@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import warnings
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,20 +11,24 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
-from lark_fast.__main__ import main
 from lark_fast.attention import Pack
-from lark_fast.scoring.parts import part_files
-from lark_fast.scoring.scorer import Scorer
-from lark_fast.student import load_student
 from lark_fast.student_files import find_student
 from tests.command import make_records, write_jsonl, write_student
-from tests.templates import CHATML
-from tests.tiny import byte_level_tokenizer, tiny_decoder, tiny_llama, tiny_qwen2
+from tests.students import (
+    SEQUENCES,
+    WORDS,
+    load,
+    our_nll,
+    same,
+    score,
+    scores_of,
+    with_tokenizer,
+    write_base,
+    write_tied,
+)
+from tests.tiny import tiny_decoder, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TOKENIZER = byte_level_tokenizer(CHATML)
-WORDS = 416  # rows of the embedding: more than the tokenizer has, and a multiple of 32, as bitsandbytes wants
-SEQUENCES = [[(7 * n + 3 * t) % 90 for t in range(length)] for n, length in enumerate((9, 20, 13))]
 
 
 @pytest.fixture(scope="module")
@@ -34,63 +36,19 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("students")
 
 
-class Command:
-    """The command line, in this process: what most of these tests need takes seconds to import."""
-
-    def __init__(self, monkeypatch, capfd):
-        self._monkeypatch, self._capfd = monkeypatch, capfd
-
-    def run(self, *words, code=0):
-        """Run lark-fast to its end; its exit code is checked. Returns what it has printed."""
-        self._monkeypatch.setattr("sys.argv", ["lark-fast", *map(str, words)])
-        self._capfd.readouterr()
-        ended = 0
-        with warnings.catch_warnings(record=True) as told:
-            try:
-                main()
-            except SystemExit as end:
-                ended = end.code or 0
-        out, err = self._capfd.readouterr()
-        assert ended == code, f"exit {ended}\n{out}\n{err}"
-        return out, err + "".join(f"{one.message}\n" for one in told)
-
-    def refused(self, words, *said):
-        """One line that says it, and exit code 2."""
-        out, err = self.run(*words, code=2)
-        for part in said:
-            assert part in err
-        assert err.startswith("lark-fast: ")
-        assert err.count("\n") == 1, err
-        assert out == ""
-
-
-@pytest.fixture
-def command(monkeypatch, capfd):
-    monkeypatch.setattr("lark_fast.flop.matmul_ceiling", lambda *_: 1e12)
-    monkeypatch.setattr("lark_fast.training.run.matmul_ceiling", lambda *_: 1e12)
-    return Command(monkeypatch, capfd)
-
-
 @pytest.fixture(scope="module")
 def pool(place):
     return write_jsonl(place / "pool.jsonl", make_records(2))
 
 
-def with_tokenizer(directory):
-    TOKENIZER.save_pretrained(directory)
-    return directory
-
-
 @pytest.fixture(scope="module")
 def base(place):
-    tiny_llama(WORDS).save_pretrained(place / "base")
-    return with_tokenizer(place / "base")
+    return write_base(place / "base")
 
 
 @pytest.fixture(scope="module")
 def tied(place):
-    tiny_qwen2(WORDS).save_pretrained(place / "tied")
-    return with_tokenizer(place / "tied")
+    return write_tied(place / "tied")
 
 
 def write_adapter(base, out, *, seed=0, config=None, **options):
@@ -119,37 +77,12 @@ def merged(place, base, adapter):
     return with_tokenizer(place / "merged")
 
 
-def score(pool, student, out, *more):
-    words = ("score", "--pool", pool, "--student", student, "--out", out, "--workers", 0, "--dtype", "float32", *more)
-    return words if "--device" in more or "--device-map" in more else (*words, "--device", "cpu")
-
-
-def scores_of(out):
-    columns = ("nll", "brier", "entropy", "rank_mean")
-    return [tuple(row[name] for name in columns) for row in pq.read_table(part_files(out)).to_pylist()]
-
-
-def load(student, **options):
-    options = {"dtype": "float32", "tokenizer": False} | options
-    return load_student(student, **options, **({} if "device_map" in options else {"device": "cpu"}))
-
-
-def our_nll(student, sequences=SEQUENCES):
-    """Of every token but each sequence's first."""
-    return [one.nll for one in Scorer(student, tokens_per_batch=64).score_tokens(sequences, sequences)]
-
-
 @torch.no_grad()
 def eager_nll(model, sequences=SEQUENCES):
     """The same from the model's own logits, a sequence at a time."""
     logits = [model(input_ids=torch.tensor([ids])).logits[0, :-1].float() for ids in sequences]
     labels = [torch.tensor(ids[1:]) for ids in sequences]
     return [F.cross_entropy(*pair, reduction="none") for pair in zip(logits, labels, strict=True)]
-
-
-def same(ours, theirs, tolerance=1e-5):
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 # Adapters
@@ -493,136 +426,3 @@ def test_hub_ids_from_the_cache(tmp_path, monkeypatch, command, pool, base, adap
     assert found["org/tuned"] == found[adapter]
     for name in ("org/tiny@v3", "org/none"):
         command.refused(score(pool, name, tmp_path / "x"), f"{name}: no such directory", "Hugging Face hub")
-
-
-# What is missing or wrong
-
-
-def changed_weights(student, change):
-    weights = load_file(student / "model.safetensors")
-    change(weights)
-    save_file(weights, student / "model.safetensors", {"format": "pt"})
-
-
-def rewrite_config(student, **changes):
-    config = json.loads((student / "config.json").read_text())
-    (student / "config.json").write_text(json.dumps(config | changes))
-
-
-def lack_a_tensor(student):
-    changed_weights(student, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
-
-
-def lack_the_head(student):
-    changed_weights(student, lambda weights: weights.pop("lm_head.weight"))
-
-
-def be_cut_short(student):
-    whole = (student / "model.safetensors").read_bytes()
-    (student / "model.safetensors").write_bytes(whole[:-100])
-
-
-def shards(student):
-    AutoModelForCausalLM.from_pretrained(student).save_pretrained(student, max_shard_size="50KB")
-    (student / "model.safetensors").unlink(missing_ok=True)
-    return sorted(student.glob("model-*.safetensors"))
-
-
-def lack_a_shard(student):
-    shards(student)[1].unlink()
-
-
-def have_a_torn_shard(student):
-    torn = shards(student)[1]
-    torn.write_bytes(torn.read_bytes()[:200])
-
-
-def be_a_pickle(student):
-    (student / "model.safetensors").unlink()
-    torch.save({}, student / "pytorch_model.bin")
-
-
-def be_of_other_shapes(student):
-    rewrite_config(student, intermediate_size=40)
-
-
-def have_a_smaller_embedding(student):
-    tiny_llama(300).save_pretrained(student)
-
-
-def be_an_encoder(student):
-    config = transformers.BertConfig(
-        vocab_size=WORDS, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
-    )
-    transformers.BertLMHeadModel(config).save_pretrained(student)
-
-
-def be_two(student):
-    config = transformers.T5Config(vocab_size=WORDS, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    transformers.T5ForConditionalGeneration(config).save_pretrained(student)
-
-
-def be_unheard_of(student):
-    rewrite_config(student, model_type="unheard-of")
-
-
-def have_a_config_of_nonsense(student):
-    rewrite_config(student, num_hidden_layers="two")
-
-
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        (lack_a_tensor, ["lacks 1 of the model's tensors", "model.layers.1.mlp.up_proj.weight"]),
-        (lack_the_head, ["lm_head.weight"]),
-        (be_cut_short, ["model.safetensors is cut short or damaged"]),
-        (lack_a_shard, ["model-00002-of-", "is missing", "model.safetensors.index.json"]),
-        (have_a_torn_shard, ["model-00002-of-", "cut short or damaged"]),
-        (be_a_pickle, ["pytorch_model.bin", "safetensors alone", "save_pretrained"]),
-        (be_of_other_shapes, ["mlp.down_proj.weight is 32 x 48 in the checkpoint, and 32 x 40"]),
-        (have_a_smaller_embedding, ["tokenizer does not go with the model", "300 rows"]),
-        (be_an_encoder, ["bert is an encoder"]),
-        (be_two, ["t5 is an encoder and a decoder"]),
-        (be_unheard_of, ["unheard-of"]),
-        (have_a_config_of_nonsense, ["num_hidden_layers"]),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_a_checkpoint_with_a_fault(tmp_path, command, pool, base, wrong, said):
-    student = shutil.copytree(base, tmp_path / "student")
-    wrong(student)
-    command.refused(score(pool, student, tmp_path / "s"), f"{student}: ", *said)
-    assert not (tmp_path / "s").exists()
-
-
-def test_a_tied_head_is_not_missing_and_strangers_are_told(tmp_path, command, pool, tied):
-    assert "lm_head.weight" not in load_file(tied / "model.safetensors")
-    student = shutil.copytree(tied, tmp_path / "student")
-    changed_weights(student, lambda weights: weights.update({"value_head.weight": torch.zeros(1, 32)}))
-    told = command.run(*score(pool, student, tmp_path / "s"))[1]
-    assert "1 tensors of the checkpoint have no place in the model, the first is value_head.weight" in told
-    command.run(*score(pool, tied, tmp_path / "t"))
-    assert scores_of(tmp_path / "s") == scores_of(tmp_path / "t")
-
-
-def test_sharded_checkpoints(tmp_path, base):
-    student = shutil.copytree(base, tmp_path / "student")
-    assert len(shards(student)) > 2
-    same(our_nll(load(student)), our_nll(load(base)), 0)
-
-
-@pytest.mark.parametrize(
-    ("device", "said"), [("cuda:9", "cuda"), ("banana", "no device is called 'banana'"), ("meta", "holds no numbers")]
-)
-def test_a_device_that_is_not_there(tmp_path, command, pool, base, device, said):
-    command.refused(score(pool, base, tmp_path / "s", "--device", device), f"--device {device}", said)
-
-
-def test_added_tokens_may_lie_beyond_the_embedding(tmp_path, base):
-    # Gemma-3's smallest has a token for images, and no row for it.
-    student = shutil.copytree(base, tmp_path / "student")
-    tiny_llama(len(TOKENIZER)).save_pretrained(student)
-    longer = byte_level_tokenizer(CHATML)
-    longer.add_tokens(["<image>"], special_tokens=True)
-    longer.save_pretrained(student)
-    assert load(student, tokenizer=True).vocab_size < len(longer)
