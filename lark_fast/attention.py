@@ -49,11 +49,14 @@ class Pack:
         bounds: host integers, S + 1 of them: sequence s is tokens bounds[s] to bounds[s + 1].
         cu_seqlens: ``[S + 1]`` int32, the same on the device.
         longest: no sequence has more tokens.
+        keys: where the keys of the sequences lie, of which the last are those of the pack's own tokens; None: these
+            are all, and lie as the tokens do. See ``lark_fast.past``.
     """
 
     bounds: Sequence[int]
     cu_seqlens: Tensor
     longest: int
+    keys: "Pack | None" = None
     _masks: dict[int | None, "BlockMask"] = field(default_factory=dict)
     _elsewhere: dict[torch.device, "Pack"] = field(default_factory=dict)
 
@@ -69,7 +72,8 @@ class Pack:
             return self
         if device not in self._elsewhere:
             bounds = self.cu_seqlens.to(device, non_blocking=True)
-            self._elsewhere[device] = Pack(self.bounds, bounds, self.longest)
+            keys = None if self.keys is None else self.keys.on(device)
+            self._elsewhere[device] = Pack(self.bounds, bounds, self.longest, keys)
         return self._elsewhere[device]
 
     def block_mask(self, window: int | None) -> "BlockMask":
@@ -100,8 +104,8 @@ def packed_attention(
     Args:
         module: the layer's attention.
         query: ``[1, H, T, d]``.
-        key: ``[1, G, T, d]``, H a multiple of G.
-        value: ``[1, G, T, e]``.
+        key: ``[1, G, T, d]``, H a multiple of G; as many as ``pack.keys`` says where there are earlier ones.
+        value: ``[1, G, T, e]``, as many.
         attention_mask: none is ever made.
         pack: where the sequences lie.
         scaling: factor of the scores; 1 / sqrt(d) where it is None.
@@ -131,7 +135,10 @@ def packed_attention(
     if dropout:
         return blocks(query, key, value, pack, scaling, sliding_window, softcap, dropout), None
     pack = pack.on(query.device)
-    return _form(query, value, softcap)(query, key, value, pack, scaling, sliding_window, softcap), None
+    form = _form(query, value, softcap)
+    if pack.keys is not None and form is flex:  # its masks are those of as many keys as queries
+        form = blocks
+    return form(query, key, value, pack, scaling, sliding_window, softcap), None
 
 
 def _slides(module: torch.nn.Module) -> bool:
@@ -165,9 +172,9 @@ def flash(
     attend = _flash_attn_3(_capability(query.device)) or _flash_attn_2()
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
     more = {} if softcap is None else {"softcap": softcap}
-    bounds, longest = pack.cu_seqlens, pack.longest
+    keys = pack.keys or pack
     out = attend(
-        *(q, k, v, bounds, bounds, longest, longest),
+        *(q, k, v, pack.cu_seqlens, keys.cu_seqlens, pack.longest, keys.longest),
         softmax_scale=scaling,
         causal=True,
         window_size=_reach(window),
@@ -189,8 +196,9 @@ def varlen(
         more["enable_gqa"] = True
     elif groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    bounds, longest = pack.cu_seqlens, pack.longest
-    out = attend(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=_reach(window), **more)
+    keys = pack.keys or pack
+    lengths = (pack.cu_seqlens, keys.cu_seqlens, pack.longest, keys.longest)
+    out = attend(q, k, v, *lengths, scale=scaling, window_size=_reach(window), **more)
     return out.unsqueeze(0)
 
 
@@ -236,21 +244,23 @@ def blocks(
     """A sequence at a time; shapes as in ``packed_attention``. Scores exist for ``BLOCK`` queries at most."""
     parts = []  # [1, t, H, e] each; written into one tensor they would cost a copy of its gradient apiece
     grouped = query.shape[1] != key.shape[1]
-    for start, end in pairwise(pack.bounds):
+    keys = pack.keys or pack
+    for (start, end), (begin, behind) in zip(pairwise(pack.bounds), pairwise(keys.bounds), strict=True):
         if start == end:
             continue
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        if softcap is None and (window is None or window >= end - start):
+        q, (k, v) = query[:, :, start:end], (x[:, :, begin:behind] for x in (key, value))
+        earlier = behind - begin - (end - start)
+        if not earlier and softcap is None and (window is None or window >= end - start):
             done = scaled_dot_product_attention(
                 q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
             )
             parts.append(done.transpose(1, 2))
             continue
         for first in range(0, end - start, BLOCK):
-            behind = min(first + BLOCK, end - start)
-            oldest = 0 if window is None else max(0, first - window + 1)
-            reach = slice(oldest, behind)
-            part = _block(q[:, :, first:behind], k[:, :, reach], v[:, :, reach], scaling, window, softcap, dropout)
+            last = min(first + BLOCK, end - start)
+            oldest = 0 if window is None else max(0, earlier + first - window + 1)
+            reach = slice(oldest, earlier + last)
+            part = _block(q[:, :, first:last], k[:, :, reach], v[:, :, reach], scaling, window, softcap, dropout)
             parts.append(part.transpose(1, 2))
     return torch.cat(parts, 1) if parts else value.new_empty(1, 0, query.shape[1], value.shape[-1])
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lark_fast.attention import Pack
 from lark_fast.kernels.head_operands import IGNORE_INDEX
+from lark_fast.past import PackedPast, Past, with_pasts
 
 SEQUENCES_STEP = 64  # packs of one shape have a multiple of it as their number of bounds
 
@@ -49,6 +50,8 @@ class Batch:
             the rows of hidden states that are scored, and the words they predict (N each); where each sequence's
             scored tokens begin (S + 1).
         n_scored: N.
+        pasts: of a pack: what each sequence goes on from, and leaves its own tokens in where it says so; None: they
+            begin here, and leave nothing.
     """
 
     members: Sequence[Any]
@@ -58,6 +61,7 @@ class Batch:
     bounds: Sequence[int] | None
     numbers: Tensor
     n_scored: int
+    pasts: Sequence[Past] | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -93,10 +97,14 @@ class Batch:
         ids, places, bounds, rows, targets, ends = self.numbers.to(device, non_blocking=True).split(sizes)
         rows, targets, ends = (part.to(head_device or device, non_blocking=True) for part in (rows, targets, ends))
         if self.bounds is None:
-            return Inputs(ids.view(self.shape), None, None, rows, targets, ends)
+            return Inputs(ids.view(self.shape), None, None, rows, targets, ends, None)
         longest = max(end - start for start, end in itertools.pairwise(self.bounds))
         pack = Pack(self.bounds, bounds.to(torch.int32), longest)
-        return Inputs(ids.view(self.shape), pack, places.view(self.shape), rows, targets, ends)
+        past = None
+        if self.pasts is not None:
+            pack = with_pasts(pack, self.pasts)
+            past = PackedPast(self.pasts, pack)
+        return Inputs(ids.view(self.shape), pack, places.view(self.shape), rows, targets, ends, past)
 
 
 class Inputs(NamedTuple):
@@ -108,9 +116,18 @@ class Inputs(NamedTuple):
     rows: Tensor  # [N] of the hidden states
     targets: Tensor  # [N]
     ends: Tensor  # [S + 1]
+    past: PackedPast | None
 
 
-def make_batch(members: Sequence[Any], sequences: Sequences, *, packed: bool, pinned: bool, fill_to: int = 0) -> Batch:
+def make_batch(
+    members: Sequence[Any],
+    sequences: Sequences,
+    *,
+    packed: bool,
+    pinned: bool,
+    fill_to: int = 0,
+    pasts: Sequence[Past] | None = None,
+) -> Batch:
     """Lay out the sequences of one forward pass.
 
     Args:
@@ -119,6 +136,7 @@ def make_batch(members: Sequence[Any], sequences: Sequences, *, packed: bool, pi
         packed: in one row; otherwise in a row each.
         pinned: in memory from which a GPU can fetch them by itself.
         fill_to: fill a pack up to so many tokens, so that all packs have one shape.
+        pasts: see ``Batch``; the sequences are what comes behind them.
     """
     lengths = [len(ids) for ids, _ in sequences]
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -135,7 +153,8 @@ def make_batch(members: Sequence[Any], sequences: Sequences, *, packed: bool, pi
             bounds += [shape[1]] * (SEQUENCES_STEP - len(bounds) % SEQUENCES_STEP)
         elif shape[1] > bounds[-1]:
             bounds.append(shape[1])
-        places = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+        firsts = [0] * len(lengths) if pasts is None else [past.length for past in pasts]
+        places = np.arange(starts[-1]) - np.repeat(starts[:-1] - firsts, lengths)
         # What fills the row up is at place 0: its own places could lie beyond those that the model has.
         parts = [*(np.pad(part, (0, shape[1] - len(ids))) for part in (ids, places)), np.asarray(bounds)]
     else:
@@ -146,7 +165,8 @@ def make_batch(members: Sequence[Any], sequences: Sequences, *, packed: bool, pi
         rows = rows + np.repeat(moved, np.diff(ends))
         parts = [square]
     numbers = torch.from_numpy(np.concatenate([*parts, rows, targets, ends]))
-    return Batch(members, sequences, lengths, shape, bounds, _pinned(numbers) if pinned else numbers, len(rows))
+    numbers = _pinned(numbers) if pinned else numbers
+    return Batch(members, sequences, lengths, shape, bounds, numbers, len(rows), pasts)
 
 
 def _pinned(numbers: Tensor) -> Tensor:

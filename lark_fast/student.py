@@ -1,12 +1,13 @@
 """The student: a Transformers causal language model, its tokenizer, and its output head taken apart."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from lark_fast.errors import UserError
 from lark_fast.kernels.head import Head
 from lark_fast.kernels.token_stats import TokenStats, token_stats
 from lark_fast.loading import load_model, read_device_map, refuse_missing_device, torch_device
+from lark_fast.past import PackedPast, Past, with_pasts
 from lark_fast.student_files import StudentFiles, find_student, found, one_line
 from lark_fast.talk import lost_ranks
 from lark_fast.tensor_parallel import Ranks, load_over_ranks
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_TOKENS = 4
 PROBE_LENGTHS = (7, 12, 1, 5)
+WHOLE_PROBE = [(0, length) for length in PROBE_LENGTHS]
 
 
 class Student:
@@ -133,7 +136,13 @@ class Student:
         of_head = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
         return token_stats(hidden, head.weight, labels, **of_head, **options)
 
-    def hidden(self, input_ids: Tensor, pack: Pack | None = None, position_ids: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        input_ids: Tensor,
+        pack: Pack | None = None,
+        position_ids: Tensor | None = None,
+        past: PackedPast | None = None,
+    ) -> Tensor:
         """The output embedding's input, without computing a logit.
 
         Args:
@@ -141,13 +150,15 @@ class Student:
                 no real token sees the padding and no mask is needed.
             pack: where the sequences lie in the one row of ``input_ids`` ``[1, T]``; only inside ``packing()``.
             position_ids: ``[1, T]``, of a pack: each token's place in its sequence.
+            past: of a pack: what its sequences go on from, where the model ``continues``.
 
         Returns:
             ``[B, T, D]`` in the model's dtype, on ``head_device``. Autograd works through it.
         """
         arguments = {} if pack is None else {"position_ids": position_ids, "pack": pack}
+        cache = {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past}
         with stop_before_head(self._output) as captured:
-            self.model(input_ids=input_ids, use_cache=False, **arguments)
+            self.model(input_ids=input_ids, **cache, **arguments)
         return captured[0].to(self.head_device)
 
     def packing(self) -> AbstractContextManager[None]:
@@ -190,6 +201,12 @@ class Student:
             return "its layers mix tokens in ways that packs are not known to keep"
         return self._found(self._packing_fault)
 
+    @cached_property
+    def continues(self) -> bool:
+        """Whether a sequence may pass through in pieces, of which each sees those before it; found by trial."""
+        whole = self.unpackable is None and self.length_regime is None and self.ranks is None
+        return whole and self._found(self._continuing_fault) is None
+
     def _found(self, look: Callable[[], str | None]) -> str | None:
         """What is found with the model in evaluation mode; over ranks, what the first of them finds."""
         was_training = self.model.training
@@ -203,10 +220,7 @@ class Student:
 
     @torch.no_grad()
     def _packing_fault(self) -> str | None:
-        pack = Pack.of(PROBE_LENGTHS, self.device)
-        ids = 1 + 7 * torch.arange(sum(PROBE_LENGTHS), device=self.device).unsqueeze(0)
-        ids = ids.remainder(self.vocab_size)
-        places = torch.cat([torch.arange(length, device=self.device) for length in PROBE_LENGTHS]).unsqueeze(0)
+        ids, pack, places = self._probe(WHOLE_PROBE)
         alone = torch.cat([self.hidden(row)[0] for row in ids.split(PROBE_LENGTHS, dim=1)])
         if not alone.isfinite().all():
             return "its hidden states are not finite"
@@ -217,10 +231,48 @@ class Student:
             return str(error)
         except Exception as error:  # of a model that takes no such arguments, or a kernel that does not run here
             return f"packs fail with it ({type(error).__name__}: {one_line(error)})"
-        distance = (together - alone).float().norm(dim=1) / alone.float().norm(dim=1)
+        return None if self._alike(together, alone) else "its tokens see those of other sequences"
+
+    @torch.no_grad()
+    def _continuing_fault(self) -> str | None:
+        pasts = [Past() for _ in PROBE_LENGTHS]
+        halves = [(0, length // 2) for _, length in WHOLE_PROBE], [(length // 2, length) for _, length in WHOLE_PROBE]
+        parts = []
+        try:
+            with self.packing():
+                ids, pack, places = self._probe(WHOLE_PROBE)
+                whole = self.hidden(ids, pack, places)[0]
+                for half in halves:
+                    ids, pack, places = self._probe(half)
+                    pack = with_pasts(pack, pasts)
+                    past = PackedPast(pasts, pack)
+                    made = self.hidden(ids, pack, places, past)[0]
+                    past.commit()
+                    parts.append(made.split([end - start for start, end in half]))
+        except Exception as error:  # of a model that takes no such cache, or a kernel that does not run here
+            return one_line(error)
+        together = torch.cat([part for pair in zip(*parts, strict=True) for part in pair])
+        return None if self._alike(together, whole) else "a sequence in pieces is another"
+
+    def _probe(self, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Pack, Tensor]:
+        """Token ids, pack and places of some sequences, of each the tokens from one place to another."""
+        pack = Pack.of([end - start for start, end in spans], self.device)
+        places = torch.cat([torch.arange(*span, device=self.device) for span in spans])
+        firsts = np.cumsum([0, *PROBE_LENGTHS])
+        ids = torch.cat(
+            [
+                1 + 7 * (first + torch.arange(*span, device=self.device))
+                for first, span in zip(firsts, spans, strict=False)
+            ]
+        )
+        return ids.remainder(self.vocab_size).unsqueeze(0), pack, places.unsqueeze(0)
+
+    def _alike(self, ours: Tensor, theirs: Tensor) -> bool:
+        """Whether hidden states ``[T, D]`` are the same but for rounding."""
+        distance = (ours - theirs).float().norm(dim=1) / theirs.float().norm(dim=1)
         # Activations that are quantised too jump by a whole step where they differ in the last bit.
         allowed = 1e-1 if self.quantised or self.dtype in (torch.bfloat16, torch.float16) else 1e-3
-        return None if bool((distance <= allowed).all()) else "its tokens see those of other sequences"
+        return bool((distance <= allowed).all())
 
     @property
     def length_regime(self) -> int | None:

@@ -183,10 +183,12 @@ class Passes:
     def _numbers(self, batch: Batch, inputs: Inputs) -> "Numbers":
         """Everything that a pass comes to, on the student's device."""
         stats = self._stats(self.student, inputs, self.top_k)
+        if inputs.past is not None:  # not before the head too has had the memory it needs
+            inputs.past.commit()
         return Numbers(stats, columns_of(trajectory_reduce(stats, inputs.ends)))
 
     def _stats(self, student: Student, inputs: Inputs, top_k: int | None) -> TokenStats:
-        hidden = student.hidden(inputs.ids, inputs.pack, inputs.places)
+        hidden = student.hidden(inputs.ids, inputs.pack, inputs.places, inputs.past)
         return student.token_stats(
             hidden.flatten(0, 1),
             inputs.targets,

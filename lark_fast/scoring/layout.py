@@ -6,6 +6,7 @@ from typing import Any
 
 from lark_fast.batch import Batch, Sequences, make_batch
 from lark_fast.packing import length_batches, packs
+from lark_fast.past import Past
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,19 +32,24 @@ class Layout:
         group = packs if self.packed else length_batches
         return list(group(lengths, self.tokens_per_batch, self.border))
 
-    def prepare(self, members: Sequence[Any], sequences: Sequences) -> Batch:
-        """What one pass reads; ``members`` are what the caller calls the sequences."""
+    def prepare(self, members: Sequence[Any], sequences: Sequences, pasts: Sequence[Past] | None = None) -> Batch:
+        """What one pass reads; ``members`` are what the caller calls the sequences, ``pasts`` as in ``Batch``."""
         return make_batch(
             members,
             sequences,
             packed=self.packed,
             pinned=self.pinned,
             fill_to=self.tokens_per_batch if self.one_shape else 0,
+            pasts=pasts,
         )
 
     def split(self, batch: Batch) -> list[Batch]:
         """A batch that has become too large, in several."""
         return [
-            self.prepare([batch.members[i] for i in group], [batch.sequences[i] for i in group])
+            self.prepare(
+                [batch.members[i] for i in group],
+                [batch.sequences[i] for i in group],
+                None if batch.pasts is None else [batch.pasts[i] for i in group],
+            )
             for group in self.plan(batch.lengths)
         ]

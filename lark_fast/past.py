@@ -1,0 +1,94 @@
+"""What a sequence leaves behind when it passes through a student in pieces: the keys and values of its tokens.
+
+A piece sees the pieces before it through them, so that a trajectory of which the first tokens have been scored goes on
+where it stopped. Their order inside a pass is that of the pack: of each sequence, the earlier ones and then its own.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lark_fast.attention import Pack
+
+
+class Past:
+    """Keys and values of one sequence, of all layers, on the device.
+
+    Attributes:
+        length: of how many tokens.
+        grows: the next tokens are to stay as well; else they are the last.
+    """
+
+    def __init__(self, grows: bool = True) -> None:
+        self.length, self.grows = 0, grows
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # [G, length, d] and [G, length, e]
+
+    def of(self, layer: int, like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Those of a layer; ``like`` says of what kind none are."""
+        return self._layers.get(layer) or tuple(x[0, :, :0] for x in like)
+
+    def add(self, layers: dict[int, tuple[Tensor, Tensor]], n_tokens: int) -> None:
+        """The next tokens of the sequence."""
+        for layer, new in layers.items():
+            known = self._layers.get(layer)
+            self._layers[layer] = new if known is None else tuple(map(torch.cat, zip(known, new, strict=True), (1, 1)))
+        self.length += n_tokens
+
+    def clear(self) -> None:
+        """Let go of the memory; the sequence goes on no more."""
+        self._layers.clear()
+
+
+class PackedPast:
+    """The pasts of a pack's sequences, as Transformers' models take a cache: ``past_key_values``.
+
+    Args:
+        pasts: one a sequence.
+        pack: of the tokens that are to come.
+    """
+
+    is_compileable = False
+    is_sliding = (False,)
+
+    def __init__(self, pasts: Sequence[Past], pack: Pack) -> None:
+        self._pasts, self._pack = pasts, pack
+        self._new: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in pasts]
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """The keys and values of a layer's new tokens, ``[1, G, T, d]``; returns all that these may see."""
+        parts: list[tuple[Tensor, Tensor]] = []
+        bounds = list(pairwise(self._pack.bounds))
+        for past, new, (start, end) in zip(self._pasts, self._new, bounds, strict=False):
+            own = key[0, :, start:end], value[0, :, start:end]
+            parts += [past.of(layer, (key, value)), own]
+            if past.grows:  # a copy, or the whole pack would stay
+                new[layer] = tuple(x.clone() for x in own)
+        rest = bounds[len(self._pasts) :]  # what fills the pack up
+        parts += [(key[0, :, start:end], value[0, :, start:end]) for start, end in rest]
+        return tuple(torch.cat(of, 1).unsqueeze(0) for of in zip(*parts, strict=True))
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Places are told to the model, so nothing follows from it."""
+        return 0
+
+    def commit(self) -> None:
+        """The pass has come to its end: the sequences have its tokens behind them."""
+        for past, new, (start, end) in zip(self._pasts, self._new, pairwise(self._pack.bounds), strict=False):
+            if past.grows:
+                past.add(new, end - start)
+            else:
+                past.clear()
+
+
+def with_pasts(pack: Pack, pasts: Sequence[Past]) -> Pack:
+    """The pack, whose sequences see the keys of their pasts too."""
+    sizes = [end - start for start, end in pairwise(pack.bounds)]
+    for place, past in enumerate(pasts):
+        sizes[place] += past.length
+    bounds = (0, *accumulate(sizes))
+    device = pack.cu_seqlens.device
+    keys = Pack(bounds, torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True), max(sizes, default=0))
+    return Pack(pack.bounds, pack.cu_seqlens, pack.longest, keys)
