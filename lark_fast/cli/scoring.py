@@ -31,6 +31,7 @@ from lark_fast.cli.options import (
     read_template,
     render_options,
 )
+from lark_fast.racing.rules import DEFAULT_RISK, HIGHEST_RISK, RaceRules
 
 
 class Engine(StrEnum):
@@ -90,6 +91,18 @@ def score(
         int | None,
         typer.Option(min=1, help="Also score each step with only K preceding ones as context (LALP): local_nll."),
     ] = None,
+    race: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Race for the N best candidates of each problem: those that cannot be among them are not scored to "
+            "their end.",
+        ),
+    ] = None,
+    race_risk: Annotated[
+        float | None,
+        typer.Option(help="Of stopping one of the best, a problem; audited. 0: hard bounds alone. Default: 0.05."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first N records.")] = None,
     shard: Annotated[
         str | None,
@@ -126,6 +139,7 @@ def score(
         tokens_per_batch=number_or_auto(tokens_per_batch, "--tokens-per-batch", at_least=1),
         workers=number_or_auto(workers, "--workers", at_least=0),
         compile=compile,
+        race=_race_rules(race, race_risk),
         local_steps=local_steps,
         limit=limit,
         shard=shard,
@@ -166,3 +180,16 @@ def _refuse_mixed(
         raise UserError(f"--{'before' if before is None else 'after'} is missing: two states of a student are compared")
     if local_steps is not None:
         raise UserError("--local-steps takes one --student; give it a run and a directory of its own")
+
+
+def _race_rules(budget: int | None, risk: float | None) -> RaceRules | None:
+    from lark_fast.errors import UserError
+
+    if budget is None:
+        if risk is not None:
+            raise UserError("--race-risk goes with --race")
+        return None
+    risk = DEFAULT_RISK if risk is None else risk
+    if not 0 <= risk <= HIGHEST_RISK:
+        raise UserError(f"--race-risk {risk:g}: lies between 0 and {HIGHEST_RISK:g}")
+    return RaceRules(budget=budget, risk=risk)

@@ -60,11 +60,18 @@ class Unit:
         window: its number.
         trajectories: those that are still to be scored, at least one.
         step_starts: see ``Trajectory``.
+        race: the problem whose race they run in, see ``lark_fast.racing``; None: they are scored in full.
     """
 
     window: int
     trajectories: Sequence[Trajectory]
     step_starts: NDArray[np.int32] | None
+    race: str | None = None
+
+    @property
+    def copies(self) -> int:
+        """How many trajectories there are."""
+        return len(self.trajectories)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -241,6 +248,14 @@ class Engine:
         self._count_work()
         self.progress(self._position())
 
+    def on_race(self, starts: Sequence[int], lengths: Sequence[int], n_scored: int) -> None:
+        """Count a pass over pieces of a race's candidates, see ``RacePasses``."""
+        wholes = [start + length for start, length in zip(starts, lengths, strict=True)]
+        self.account.passed_tokens += sum(lengths)
+        self.account.forward_flop += self.cost.flop(wholes, n_scored) - self.cost.flop(starts, 0)
+        self._count_work()
+        self.progress(self._position())
+
     def _append(self, batch: Batch, scored: Sequence[Scored], ahead: int) -> None:
         rows = [
             self.row(item, one) for unit, one in zip(batch.members, scored, strict=True) for item in unit.trajectories
@@ -254,7 +269,9 @@ class Engine:
             account.scored += len(unit.trajectories)
             account.input_tokens += len(unit.trajectories) * length
             account.scored_tokens += len(unit.trajectories) * one.n_tokens
-        account.forward_flop += self.cost.flop(batch.lengths, sum(one.n_tokens for one in scored))
+        if batch.members[0].race is None:
+            account.passed_tokens += batch.n_tokens
+            account.forward_flop += self.cost.flop(batch.lengths, sum(one.n_tokens for one in scored))
 
     def _count_work(self) -> None:
         account, work = self.account, self._runner.work

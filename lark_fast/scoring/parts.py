@@ -15,6 +15,8 @@ from lark_fast.files import atomic_path
 LOCAL = ("local_nll", "local_step_nll")  # see ``local``
 PAIRED = ("nll_after", "loss_delta")  # see ``paired``
 STATISTICS = ("nll", "brier", "brier_topk", "entropy", "rank_mean", "rsr", *LOCAL, *PAIRED)
+# Of a race: scored tokens that were, or in an audit would have been, scored; whether it won, null where nobody raced.
+RACED = [("n_raced", pa.int32()), ("winner", pa.bool_()), ("audited", pa.bool_())]
 PER_TOKEN = {
     "token_nll": pa.float32(),
     "token_brier": pa.float32(),
@@ -32,6 +34,7 @@ def schema(
     local: bool = False,
     paired: bool = False,
     share: bool = False,
+    race: bool = False,
     final: bool = False,
 ) -> pa.Schema:
     """Columns of a part, raw or final. Those of a share of a pool know their places in the pool, see ``merging``."""
@@ -49,6 +52,7 @@ def schema(
             ("n_tokens", pa.int32()),
             ("n_input_tokens", pa.int32()),
             ("truncated", pa.bool_()),
+            *(RACED if race else []),
             *[(name, pa.float64()) for name in (*statistics, *derived)],
             ("content_hash", pa.binary(16)),
             ("token_hash", pa.binary(16)),
@@ -66,6 +70,7 @@ def schema_of(identity: dict[str, Any], *, final: bool = False) -> pa.Schema:
         local=identity.get("local_steps") is not None,
         paired=identity.get("after") is not None,
         share=identity.get("shard") is not None,
+        race=identity.get("race") is not None,
         final=final,
     )
 

@@ -20,6 +20,8 @@ from lark_fast.pool.keys import KeyTable
 from lark_fast.pool.reading import Pool
 from lark_fast.pool.shares import Share
 from lark_fast.progress import Progress, Throughput, track
+from lark_fast.racing.outcome import read_race
+from lark_fast.racing.rules import RaceRules
 from lark_fast.rendering.renderer import Renderer, RenderOptions
 from lark_fast.scoring.delta import read_delta
 from lark_fast.scoring.export import export_lark_json
@@ -59,6 +61,7 @@ class ScoreConfig:
     engine: str = "local"  # or "ray": ``devices`` is how many actors of a Ray cluster, see ``ray_cluster``
     ray_address: str | None = None  # None: the cluster that Ray finds, or one of this machine for the run
     compile: bool = False
+    race: RaceRules | None = None  # candidates that cannot win stop early, see ``lark_fast.racing``; None: none do
     local_steps: int | None = None  # preceding steps that are context of local scores; None: none are made
     limit: int | None = None
     shard: str | None = None  # "3/8": that share of the pool, see ``pool.shares``; None: all of it
@@ -83,7 +86,7 @@ def score_pool(config: ScoreConfig) -> ScoreSummary | None:
         UserError: bad input; what was finished stays in the store.
         KeyboardInterrupt: as above.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # what torchrun sets
+    if "TORCHELASTIC_RUN_ID" in os.environ and config.race is None:  # what torchrun sets
         from lark_fast.scoring.ranks import score_over_ranks
 
         return score_over_ranks(config)
@@ -92,6 +95,8 @@ def score_pool(config: ScoreConfig) -> ScoreSummary | None:
 
 def score_in(open_place: Callable[[ScoreConfig], AbstractContextManager["Place"]], config: ScoreConfig) -> ScoreSummary:
     """``score_pool`` with the student wherever ``open_place`` has it."""
+    if config.race is not None:
+        refuse_beside_race(config)
     pool = Pool(config.pool, share=None if config.shard is None else Share.parse(config.shard))
     if pool.share is not None and config.export is not None:
         raise UserError(f"--export {config.export}: takes all candidates of a problem; give it to `lark-fast merge`")
@@ -114,6 +119,26 @@ def score_in(open_place: Callable[[ScoreConfig], AbstractContextManager["Place"]
         _finish(config, pool, place, store, summary, steps)
         summary.account.finish_seconds = time.monotonic() - started
     return summary
+
+
+def refuse_beside_race(config: ScoreConfig) -> None:
+    """A race has one student in one process, and scores that are to be compared with nothing but each other.
+
+    Raises:
+        UserError: something was asked for that does not go with it.
+    """
+    apart = {
+        "--after": config.after is not None,
+        "--local-steps": config.local_steps is not None,
+        "--devices": config.devices is not None,
+        "--engine ray": config.engine == "ray",
+        "--shard": config.shard is not None,
+        "--export": config.export is not None,
+        "torchrun": "TORCHELASTIC_RUN_ID" in os.environ,
+    }
+    for name, asked in apart.items():
+        if asked:
+            raise UserError(f"--race does not go with {name}")
 
 
 @contextmanager
@@ -271,11 +296,15 @@ def _score(
     summary: ScoreSummary,
     interrupts: Interrupts,
 ) -> None:
+    from lark_fast.racing.passes import RacePasses
+    from lark_fast.racing.windows import cut_race_windows, problem_key
     from lark_fast.scoring.engine import Engine, cut_windows
 
-    facts, known = place.facts, KeyTable()
+    facts, known, begun = place.facts, KeyTable(), set()
     for key, content in store.scored_keys():
         known.add(key, content, met=False)
+        if config.race is not None:
+            begun.add(problem_key(key[0]))
     summary.ceiling, summary.account.devices = place.devices * facts.ceiling, place.devices
     if config.after is not None and config.dtype == "auto" and not _begun(store):
         _say_in_what_precision(facts)
@@ -302,8 +331,12 @@ def _score(
         stream = _say_what_rounding_costs(config, place, feed) if _chose_bfloat16(config, store, facts) else feed
         try:
             with place.runner(config.local_steps, engine.on_piece) as runner:
-                cut = cut_windows(stream, runner.layout, store.unfinished, facts.tokens_per_window)
-                engine.run(cut, runner, interrupts)
+                how = (stream, runner.layout, store.unfinished, facts.tokens_per_window)
+                if config.race is None:
+                    engine.run(cut_windows(*how), runner, interrupts)
+                else:
+                    cut = cut_race_windows(*how, config.race, begun)
+                    engine.run(cut, RacePasses(runner, config.race, engine.on_race), interrupts)
         except BaseException:
             with suppress(OSError):  # what ended the run is what is to be told
                 watch.close()
@@ -437,6 +470,7 @@ def _identity(config: ScoreConfig, place: "Place") -> dict[str, Any]:
         "local_steps": config.local_steps,
         **asdict(place.options),
         **({} if config.shard is None else {"shard": config.shard}),
+        **({} if config.race is None else {"race": config.race.as_json()}),
     }
 
 
@@ -498,6 +532,8 @@ def _finish(
     )
     for name in ("rows", "problems", "not_finite"):
         setattr(summary, name, manifest["counts"].get(name))
+    if config.race is not None:
+        summary.race = read_race(store.directory, config.race)
     if steps is not None and pool.share is None:
         summary.delta = read_delta(store.directory, steps)
     summary.complete = True

@@ -8,6 +8,7 @@ from typing import Any
 from lark_fast.flop import with_prefix
 from lark_fast.pool.shares import Share
 from lark_fast.progress import duration
+from lark_fast.racing.outcome import RACE, RaceOutcome
 from lark_fast.scoring.delta import DELTA, Delta
 from lark_fast.scoring.estimate import ESTIMATED, Estimate
 from lark_fast.scoring.metrics import Account
@@ -40,6 +41,7 @@ class ScoreSummary:
     dry_run: bool = False  # nothing was written, and ``scored`` counts what could be scored
     estimate: Estimate | None = None  # of a dry run
     delta: Delta | None = None  # of two states of a student
+    race: RaceOutcome | None = None
 
     records = _of_account("records")
     scored = _of_account("scored")
@@ -104,6 +106,8 @@ class ScoreSummary:
             lines.append(f"{self.out}: {self.rows:,} trajectories, share {self.share}; {others}")
         if self.delta is not None:
             lines += self.delta.lines()
+        if self.race is not None:
+            lines += self.race.lines()
         if self.not_finite:
             lines.append(f"{self.not_finite:,} trajectories have no g_hat (statistics that are not finite, or nll 0)")
         return lines
@@ -148,13 +152,15 @@ class ScoreSummary:
         seconds, *_seconds, *_tokens, *_share, ...  the rest of ``Account.as_json``
         estimated_*                                 ``Estimate.as_json``, of a dry run
         paired_*                                    ``Delta.as_json``, of two states of a student
+        race_*                                      ``RaceOutcome.as_json``, of a race
         """
         unknown = {f"estimated_{name}": None for name in ESTIMATED}
         estimated = self.estimate.as_json() if self.estimate else unknown
         delta = self.delta.as_json() if self.delta else {f"paired_{name}": None for name in DELTA}
+        race = self.race.as_json() if self.race else {f"race_{name}": None for name in RACE}
         own = ("truncated", "first_rejects", "rows", "problems", "not_finite")
         run = {"out": self.out, "complete": self.complete, "dry_run": self.dry_run}
         account = self.account.as_json(self.ceiling)
         if self.dry_run:  # its seconds are those of rendering
             account |= dict.fromkeys(OF_PASSES)
-        return run | account | {name: getattr(self, name) for name in own} | estimated | delta
+        return run | account | {name: getattr(self, name) for name in own} | estimated | delta | race

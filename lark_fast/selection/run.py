@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +29,8 @@ from lark_fast.versions import versions
 if TYPE_CHECKING:
     from lark_fast.selection.constrained import ConstrainedWeights
     from lark_fast.selection.constraints import Constraints
+
+RACED_POLICIES = ("chi2", "topb")  # what looks at the best by g_hat alone
 
 __all__ = ["SelectConfig", "SelectionSummary", "select", "sweep"]
 
@@ -83,6 +85,7 @@ def _run(config: SelectConfig) -> dict[str, tuple[SelectionSummary, Weighed]]:
     if pool is not None:
         refuse_overlap(config.out, {"--pool": pool.inputs, "--decontaminate": map(Path, config.decontaminate)})
     manifest = read_finished(config.scores)
+    _refuse_beyond_race(manifest["identity"].get("race"), asked.values())
     constraints = None
     if config.constraints is not None:
         from lark_fast.selection.constraints import read_constraints
@@ -115,6 +118,25 @@ def _run(config: SelectConfig) -> dict[str, tuple[SelectionSummary, Weighed]]:
                 _write_manifest(directories[name] / "manifest.json", variant, manifest, summary, solved)
                 outcome[name] = summary, weighed
         return outcome
+
+
+def _refuse_beyond_race(race: dict[str, Any] | None, asked: Iterable[SelectConfig]) -> None:
+    """Of a race, who comes first is known, and as many as it was for; the others' scores are forecasts.
+
+    Raises:
+        UserError: a selection asks for more than is known.
+    """
+    if race is None:
+        return
+    most = race["budget"]
+    for variant in asked:
+        told = variant.policy in RACED_POLICIES and variant.tau is None and (variant.budget or DEFAULT_BUDGET) <= most
+        if not told or variant.filters or variant.constraints is not None:
+            raise UserError(
+                f"--scores {variant.scores}: were raced for the {most} best of each problem (score --race {most}), so "
+                f"--policy {' or '.join(RACED_POLICIES)} with --budget {most} or less, without filters or constraints, "
+                "is all they can tell; score without --race for more"
+            )
 
 
 def _weigh(
