@@ -182,6 +182,21 @@ def test_the_command_over_ranks(tmp_path, forks, pool, student, two):
                 assert other[name] == value
 
 
+def test_score_lark_over_ranks(tmp_path, forks, pool, student):
+    """Its JSON is rank 0's to write."""
+    made = []
+    for ranks in (1, 2):
+        output = tmp_path / f"{ranks}.json"
+        flags = ("--input", pool, "--output", output, "--student_model", student, "--dtype", "float32")
+        first, *others = [rank.ended() for rank in forks.start_ranks([QUICK] * ranks, "score-lark", *flags)]
+        assert f"{output}: written" in first.stdout
+        assert [(other.stdout, other.stderr) for other in others] == [("", "")] * (ranks - 1)
+        whole = json.loads(output.read_text())
+        assert whole["n_scored"] == 80
+        made.append([[row["L"], row["Brier"], row["g_hat"]] for rows in whole["scores"].values() for row in rows])
+    np.testing.assert_allclose(*made, rtol=1e-4, atol=1e-5)
+
+
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 LOST = "another rank has ended"
 ENDS = [  # what happens to which ranks, and how each ends: its code and what it says

@@ -116,6 +116,8 @@ def score_lark(
     )
     with _flags_of(OF_LARK):
         summary = score_lark(config, output)
+    if summary is None:  # another rank has it
+        return
     print("\n".join([*summary.lines(), f"{output}: written"]), flush=True)
     if not (summary.scored or summary.kept):
         print("lark-fast: nothing could be scored", file=sys.stderr)
