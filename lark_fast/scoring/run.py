@@ -332,7 +332,7 @@ def _say_what_rounding_costs(config: ScoreConfig, place: "Place", feed: Feed) ->
     stream = iter(feed)
     first = list(itertools.islice(stream, SAMPLE))
     cost = place.rounding_cost(config, first)
-    measured = f": it moves {cost}" if cost else " (what it costs was not measured: no room for the student in float32)"
+    measured = f": it moves {cost}" if cost else " (what it costs was not measured)"
     _say(f"scoring in bfloat16, which this processor has{measured}; --dtype float32 does without")
     yield from first
     yield from stream
@@ -340,12 +340,10 @@ def _say_what_rounding_costs(config: ScoreConfig, place: "Place", feed: Feed) ->
 
 def _say_in_what_precision(facts: "Facts") -> None:
     """Two states of a student are compared, and nobody has chosen a precision."""
-    from lark_fast.student import choose_device, multiplies_bfloat16
-
     rounding = "what a few steps change can be less than bfloat16 rounds off"
     if facts.dtype != "float32":
         _say(f"the two are compared in {facts.dtype}; {rounding}, and --dtype float32 does not")
-    elif multiplies_bfloat16(choose_device(facts.device_type)):
+    elif facts.multiplies_bfloat16:
         _say(f"the two are compared in float32: {rounding}; --dtype bfloat16 is faster")
 
 
