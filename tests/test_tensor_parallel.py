@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from itertools import accumulate
 
 import numpy as np
@@ -225,7 +226,9 @@ def test_whatever_ends_one_rank_ends_all_and_nothing_is_lost(tmp_path, forks, po
 
 
 def test_rank_0_alone_says_what_is_wrong(tmp_path, forks, pool, student, two):
-    missing = tmp_path / "missing.jsonl"
+    missing, wordless = tmp_path / "missing.jsonl", shutil.copytree(student, tmp_path / "wordless")
+    for file in wordless.glob("tokenizer*"):
+        file.unlink()
     # As on a machine that has no such directory.
     elsewhere = "import lark_fast.scoring.ranks as r; find = r.students_of\n"
     elsewhere += "r.students_of = lambda config: find(r.replace(config, student='/elsewhere'))\n"
@@ -233,6 +236,7 @@ def test_rank_0_alone_says_what_is_wrong(tmp_path, forks, pool, student, two):
         (missing, student, (), "", f"{missing}' does not exist"),
         (pool, tmp_path / "nobody", (), "", "nobody: no such directory"),
         (pool, student, (), elsewhere, "rank 1: /elsewhere: no such directory"),
+        (pool, wordless, (), "", "wordless: its tokenizer cannot be loaded"),
         (pool, student, ("--devices", 2), "", "--devices starts one process a GPU by itself"),
         (pool, student, ("--top-k", 5), "", "holds scores made otherwise"),
     ]:
