@@ -191,6 +191,7 @@ def test_a_node_says_why_it_cannot_score(tmp_path, student, broken, message):
     [
         (("--engine", "ray", "--ray-address", "127.0.0.1:9"), "--ray-address 127.0.0.1:9: no Ray cluster that can be"),
         (("--ray-address", "local"), "--ray-address: goes with --engine ray"),
+        (("--ray-address", "local", "--dry-run"), "--ray-address: goes with --engine ray"),
         (("--engine", "ray", "--device-map", "auto"), "--engine ray gives each actor a student of its own"),
     ],
 )

@@ -93,6 +93,8 @@ def score_pool(config: ScoreConfig) -> ScoreSummary | None:
 def score_in(open_place: Callable[[ScoreConfig], AbstractContextManager["Place"]], config: ScoreConfig) -> ScoreSummary:
     """``score_pool`` with the student wherever ``open_place`` has it."""
     pool = Pool(config.pool, share=None if config.shard is None else Share.parse(config.shard))
+    if config.ray_address is not None and config.engine != "ray":
+        raise UserError("--ray-address: goes with --engine ray")
     if pool.share is not None and config.export is not None:
         raise UserError(f"--export {config.export}: takes all candidates of a problem; give it to `lark-fast merge`")
     if config.dry_run:
@@ -127,8 +129,6 @@ def open_place(config: ScoreConfig) -> Iterator["Place"]:
         with _ray_team(config) as team:
             yield team
         return
-    if config.ray_address is not None:
-        raise UserError("--ray-address: goes with --engine ray")
     if config.devices is not None:
         if config.device_map is not None:
             raise UserError(
