@@ -180,6 +180,9 @@ class TestStore:
         assert delta.spearman == pytest.approx(spearman(known))
         assert delta.spearman_within == pytest.approx(np.mean(within))
         assert len(delta.lines()) == 2
+        lower, higher = (replace(delta, loss_delta=moved).lines()[0] for moved in (0.25, -0.25))
+        assert lower.endswith("; the mean of all is 0.25 nats lower")
+        assert higher.endswith("; the mean of all is 0.25 nats higher")
 
     def test_of_nothing(self, tmp_path):
         delta = read_delta(tmp_path, 1)
