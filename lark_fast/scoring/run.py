@@ -101,7 +101,8 @@ def score_in(open_place: Callable[[ScoreConfig], AbstractContextManager["Place"]
         from lark_fast.scoring.dry_run import dry_run
 
         return dry_run(config, pool)
-    refuse_overlap(config.out, {"--pool": pool.inputs})
+    own = [directory for files in students_of(config) for directory in files.directories]
+    refuse_overlap(config.out, {"--pool": pool.inputs, "--student": own})
     summary = ScoreSummary(out=config.out, share=pool.share)
     refuse_taken(config.out)
     with (
