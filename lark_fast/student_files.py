@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -98,6 +99,11 @@ def is_adapter(path: str | Path) -> bool:
 def found(student: "str | Path | StudentFiles") -> StudentFiles:
     """What was looked up already, or is now."""
     return student if isinstance(student, StudentFiles) else find_student(student)
+
+
+def whole_path(place: str | os.PathLike[str]) -> str:
+    """What names the same directory from any working directory; a hub id as it is."""
+    return str(Path(place).resolve() if Path(place).is_dir() else place)
 
 
 def one_line(error: BaseException) -> str:

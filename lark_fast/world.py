@@ -1,4 +1,4 @@
-"""The ranks of a training run: those that torchrun has started, or this process alone."""
+"""The ranks of a run: those that torchrun has started, or this process alone."""
 
 import os
 from collections.abc import Iterator

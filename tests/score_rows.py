@@ -1,5 +1,7 @@
 """Rows of a scores directory, and a run that writes them, without a pool or a student."""
 
+import os
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -53,3 +55,20 @@ def go_on(directory, windows, identity=IDENTITY, **facts):
                 store.append(to_score[start : start + 3])
             store.close_window([key(r) for r in left])
         store.finish(**facts)
+
+
+def call_around(patched, names, call):
+    """Have ``call`` called before and after each of these functions of ``os``; ``patched``: a MonkeyPatch."""
+
+    def around(real):
+        def watched(*arguments, **how):
+            call()
+            try:
+                return real(*arguments, **how)
+            finally:
+                call()
+
+        return watched
+
+    for name in names:
+        patched.setattr(os, name, around(getattr(os, name)))

@@ -152,6 +152,19 @@ def test_the_cache_knows_options_and_files(tmp_path):
     assert other["nll"][0] != scored["nll"][0]
 
 
+def test_the_cache_knows_the_base_of_an_adapter(tmp_path, monkeypatch):
+    base = write_student(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+
+    def fingerprint(base):
+        return datasets.fingerprint.Hasher.hash(ScoreRows("org/adapter", base=base))
+
+    before = fingerprint("base")
+    assert fingerprint(base) == before != fingerprint("org/base")
+    write_student(base, seed=1)
+    assert fingerprint("base") != before
+
+
 @contextmanager
 def at_most(seconds):
     def end(*_):

@@ -274,7 +274,9 @@ def test_json_is_all_there_is_on_stdout(tmp_path, forks, pool_with_rejects, stud
             assert all(dry[name] is not None for name in estimated), dry
         assert sorted((p, p.stat().st_mtime_ns, p.read_bytes()) for p in where.glob("*")) == before
     assert not (tmp_path / "none").exists()
-    told = forks.run(*words(pool_with_rejects, student, tmp_path / "none", "--dry-run")).stdout
+    done = forks.run(*words(pool_with_rejects, student, tmp_path / "none", "--dry-run", "--engine", "ray"))
+    assert "the estimate is of one device of this machine; a dry run asks no cluster" in done.stderr
+    told = done.stdout
     assert f"96 of 98 records can be scored: {first['input_tokens']:,} tokens" in told
     for what in ("time: about ", "memory: about ", "disk: about "):
         assert what in told

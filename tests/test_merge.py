@@ -1,7 +1,6 @@
 """A pool scored in shares, and the stores of the shares made one: against one run over the whole pool."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from lark_fast.scoring.merging import MergeConfig, merge
 from lark_fast.scoring.parts import part_files
 from lark_fast.scoring.store import ScoreStore, read_finished, read_manifest
 from tests.command import make_records, write_jsonl, write_student
-from tests.score_rows import IDENTITY, go_on, key, row, table, write_window
+from tests.score_rows import IDENTITY, call_around, go_on, key, row, table, write_window
 
 # Shares
 
@@ -324,21 +323,8 @@ def test_a_kill_between_any_two_steps(tmp_path, monkeypatch, overwrite):
         if files not in states:
             states.append(files)
 
-    def watch(name):
-        real = getattr(os, name)
-
-        def watched(*arguments, **how):
-            keep()
-            try:
-                return real(*arguments, **how)
-            finally:
-                keep()
-
-        patched.setattr(os, name, watched)
-
     with monkeypatch.context() as patched:
-        for name in ("replace", "unlink"):
-            watch(name)
+        call_around(patched, ("replace", "unlink"), keep)
         merge(MergeConfig(shards=shards, out=str(out), overwrite=overwrite))
     assert len(states) > 12
     expected, moving = table(out), 0

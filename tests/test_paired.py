@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lark_fast.cli.app import app
 from lark_fast.errors import UserError
 from lark_fast.pool.records import normalise
 from lark_fast.ranks import rank_correlation, rank_correlations
+from lark_fast.scoring import facts, run
 from lark_fast.scoring.delta import read_delta
 from lark_fast.scoring.learnability import measured_rate
 from lark_fast.scoring.paired import PairedPasses, PairedScorer
@@ -178,6 +180,9 @@ class TestStore:
         assert delta.spearman == pytest.approx(spearman(known))
         assert delta.spearman_within == pytest.approx(np.mean(within))
         assert len(delta.lines()) == 2
+        lower, higher = (replace(delta, loss_delta=moved).lines()[0] for moved in (0.25, -0.25))
+        assert lower.endswith("; the mean of all is 0.25 nats lower")
+        assert higher.endswith("; the mean of all is 0.25 nats higher")
 
     def test_of_nothing(self, tmp_path):
         delta = read_delta(tmp_path, 1)
@@ -312,6 +317,16 @@ class TestARun:
         assert len(chosen) == 16
         for one in chosen:
             assert found[one["problem_id"], one["candidate_id"]] == best[one["problem_id"]]
+
+
+def test_the_precision_is_told_of_a_device_that_is_elsewhere(tokenizer, monkeypatch, capsys):
+    """Of a Ray cluster, whose GPUs the command's own machine need not have."""
+    monkeypatch.setattr(facts, "matmul_ceiling", lambda *_: 1e12)
+    here = facts.Facts.of(Scorer(tiny_llama(len(tokenizer)), tokenizer))
+    run._say_in_what_precision(replace(here, device_type="cuda", multiplies_bfloat16=True))
+    assert "the two are compared in float32: what a few steps change" in capsys.readouterr().err
+    run._say_in_what_precision(replace(here, device_type="cuda", multiplies_bfloat16=False))
+    assert capsys.readouterr().err == ""
 
 
 def test_a_base_is_for_the_adapters_among_the_two(tmp_path, students):

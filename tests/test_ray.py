@@ -191,6 +191,7 @@ def test_a_node_says_why_it_cannot_score(tmp_path, student, broken, message):
     [
         (("--engine", "ray", "--ray-address", "127.0.0.1:9"), "--ray-address 127.0.0.1:9: no Ray cluster that can be"),
         (("--ray-address", "local"), "--ray-address: goes with --engine ray"),
+        (("--ray-address", "local", "--dry-run"), "--ray-address: goes with --engine ray"),
         (("--engine", "ray", "--device-map", "auto"), "--engine ray gives each actor a student of its own"),
     ],
 )
@@ -249,11 +250,15 @@ def test_actors_that_cannot_be(devices, device, message):
         choose_actors(CPUS, devices, device)
 
 
-def test_the_example(tmp_path, cluster, student, whole, one_thread, monkeypatch):
+def test_the_example_stands_alone(tmp_path, cluster, one_thread, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.setattr(sys, "argv", ["ray_scoring.py"])
-    score = runpy.run_path(str(EXAMPLES / "ray_scoring.py"))["score"]
-    theirs, ours = score(str(whole[0]), str(student), str(tmp_path), actors=1)
-    assert theirs.num_rows == 600
+    runpy.run_path(str(EXAMPLES / "ray_scoring.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "48 trajectories scored" in printed
+    assert printed.endswith("48 trajectories; no nll is further than 0e+00 from that of a run without Ray\n")
+    ours, theirs = (table(tmp_path / "example-run" / name) for name in ("scores", "scores-ray"))
     assert theirs.equals(ours)
     assert ray.is_initialized()  # it was not the example's to end
 

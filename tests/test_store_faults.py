@@ -17,7 +17,7 @@ import pytest
 from lark_fast.errors import UserError
 from lark_fast.scoring.store import ScoreStore, part_files, read_manifest
 from tests.command import disk_of
-from tests.score_rows import IDENTITY, go_on, key, row, table, write_window
+from tests.score_rows import IDENTITY, call_around, go_on, key, row, table, write_window
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -65,21 +65,8 @@ def test_a_crash_between_any_two_steps(tmp_path, monkeypatch, acknowledged):
         if content:
             states.append((content, set(acknowledged)))
 
-    def watch(name):
-        real = getattr(os, name)
-
-        def watched(*arguments, **how):
-            keep()
-            try:
-                return real(*arguments, **how)
-            finally:
-                keep()
-
-        patched.setattr(os, name, watched)
-
     with monkeypatch.context() as patched:
-        for name in ("pwrite", "ftruncate", "fsync", "replace", "unlink"):
-            watch(name)
+        call_around(patched, ("pwrite", "ftruncate", "fsync", "replace", "unlink"), keep)
         go_on(out, windows)
     assert len(states) > 25
     between = 0

@@ -145,6 +145,13 @@ def test_sharded_checkpoints(tmp_path, base):
     same(our_nll(load(student)), our_nll(load(base)), 0)
 
 
+def test_scores_do_not_go_among_the_students_files(tmp_path, command, pool, base):
+    student = shutil.copytree(base, tmp_path / "student")
+    before = sorted(student.iterdir())
+    command.refused(score(pool, student, student), f"--out {student}: holds --student {student}")
+    assert sorted(student.iterdir()) == before
+
+
 @pytest.mark.parametrize(
     ("device", "said"), [("cuda:9", "cuda"), ("banana", "no device is called 'banana'"), ("meta", "holds no numbers")]
 )

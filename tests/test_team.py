@@ -105,13 +105,13 @@ def test_killed_at_random_and_by_a_record(tmp_path, forks, student):
 
 
 def test_stopped_and_gone_on_with_with_another_number(tmp_path, forks, student):
-    """SIGTERM, then kill -9, then one process: bit for bit a run that nothing happened to, with local scores too."""
+    """Four, SIGTERM, two, kill -9, one: bit for bit a run that nothing happened to, with local scores too."""
     pool = write_jsonl(tmp_path / "pool.jsonl", make_records(90, 4))
     out, more = tmp_path / "s", ("--local-steps", 1)
-    run = forks.start(*words(pool, student, out, "--devices", 3, *more), before=QUICK)
+    run = forks.start(*words(pool, student, out, "--devices", 4, *more), before=QUICK)
     wait_for(lambda: list(out.glob("journal-*")), run, 300)
     own = members(run)
-    assert len(own) == 3
+    assert len(own) == 4
     run.kill(signal.SIGTERM)
     run.ended(130)
     nothing_left(own)

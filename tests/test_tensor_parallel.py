@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from itertools import accumulate
 
 import numpy as np
@@ -182,6 +183,21 @@ def test_the_command_over_ranks(tmp_path, forks, pool, student, two):
                 assert other[name] == value
 
 
+def test_score_lark_over_ranks(tmp_path, forks, pool, student):
+    """Its JSON is rank 0's to write."""
+    made = []
+    for ranks in (1, 2):
+        output = tmp_path / f"{ranks}.json"
+        flags = ("--input", pool, "--output", output, "--student_model", student, "--dtype", "float32")
+        first, *others = [rank.ended() for rank in forks.start_ranks([QUICK] * ranks, "score-lark", *flags)]
+        assert f"{output}: written" in first.stdout
+        assert [(other.stdout, other.stderr) for other in others] == [("", "")] * (ranks - 1)
+        whole = json.loads(output.read_text())
+        assert whole["n_scored"] == 80
+        made.append([[row["L"], row["Brier"], row["g_hat"]] for rows in whole["scores"].values() for row in rows])
+    np.testing.assert_allclose(*made, rtol=1e-4, atol=1e-5)
+
+
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 LOST = "another rank has ended"
 ENDS = [  # what happens to which ranks, and how each ends: its code and what it says
@@ -210,7 +226,9 @@ def test_whatever_ends_one_rank_ends_all_and_nothing_is_lost(tmp_path, forks, po
 
 
 def test_rank_0_alone_says_what_is_wrong(tmp_path, forks, pool, student, two):
-    missing = tmp_path / "missing.jsonl"
+    missing, wordless = tmp_path / "missing.jsonl", shutil.copytree(student, tmp_path / "wordless")
+    for file in wordless.glob("tokenizer*"):
+        file.unlink()
     # As on a machine that has no such directory.
     elsewhere = "import lark_fast.scoring.ranks as r; find = r.students_of\n"
     elsewhere += "r.students_of = lambda config: find(r.replace(config, student='/elsewhere'))\n"
@@ -218,6 +236,7 @@ def test_rank_0_alone_says_what_is_wrong(tmp_path, forks, pool, student, two):
         (missing, student, (), "", f"{missing}' does not exist"),
         (pool, tmp_path / "nobody", (), "", "nobody: no such directory"),
         (pool, student, (), elsewhere, "rank 1: /elsewhere: no such directory"),
+        (pool, wordless, (), "", "wordless: its tokenizer cannot be loaded"),
         (pool, student, ("--devices", 2), "", "--devices starts one process a GPU by itself"),
         (pool, student, ("--top-k", 5), "", "holds scores made otherwise"),
     ]:

@@ -1,7 +1,6 @@
 """``lark-fast score-lark`` and ``lark-fast rsr-metrics``: other programs' commands, by the flags they have there."""
 
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
@@ -9,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from lark_fast.cli.options import BaseOption, Render, RenderOption, System, SystemOption, TemplateOption, read_template
+from lark_fast.cli.options import (
+    BaseOption,
+    Render,
+    RenderOption,
+    System,
+    SystemOption,
+    TemplateOption,
+    checked,
+    exit_if_nothing,
+    read_template,
+    say,
+)
 
 # Their flags have underscores; with dashes they mean the same.
 UNDERSCORES = {"token_normalize_func": lambda name: name.replace("-", "_")}
@@ -116,10 +126,10 @@ def score_lark(
     )
     with _flags_of(OF_LARK):
         summary = score_lark(config, output)
+    if summary is None:  # another rank has it
+        return
     print("\n".join([*summary.lines(), f"{output}: written"]), flush=True)
-    if not (summary.scored or summary.kept):
-        print("lark-fast: nothing could be scored", file=sys.stderr)
-        raise typer.Exit(3)
+    exit_if_nothing(summary.scored + summary.kept)
 
 
 def rsr_metrics(
@@ -173,7 +183,6 @@ def rsr_metrics(
     error for Llama-3 too; (2) two files have one name but for .json and .jsonl, which is an error. The last four
     options are not among its flags.
     """
-    from lark_fast.cli.options import checked, say
     from lark_fast.dropins.rsr_metrics import RsrConfig, rsr_metrics
 
     config = checked(
@@ -198,9 +207,7 @@ def rsr_metrics(
     )
     with _flags_of(OF_RSR):
         done = rsr_metrics(config, say)
-    if not done:
-        print("lark-fast: nothing could be scored", file=sys.stderr)
-        raise typer.Exit(3)
+    exit_if_nothing(done)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from lark_fast.cli.options import Export, OverwriteOption, say
+from lark_fast.cli.options import Export, OverwriteOption, exit_if_nothing, say
 
 
 def merge(
@@ -22,5 +22,4 @@ def merge(
     )
     for line in summary.lines():
         say(line)
-    if not summary.rows:
-        raise typer.Exit(3)
+    exit_if_nothing(summary.rows)

@@ -1,5 +1,6 @@
 """Options that commands share, and what becomes of their values."""
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -112,6 +113,13 @@ def number_or_auto(text: str, option: str, *, at_least: int) -> int | None:
     if not text.isdecimal() or int(text) < at_least:
         raise typer.BadParameter(f"a whole number, at least {at_least}, or auto", param_hint=option)
     return int(text)
+
+
+def exit_if_nothing(scored: int) -> None:
+    """Exit code 3 where nothing could be scored."""
+    if not scored:
+        print("lark-fast: nothing could be scored", file=sys.stderr)
+        raise typer.Exit(3)
 
 
 def say(line: str) -> None:

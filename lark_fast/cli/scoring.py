@@ -1,7 +1,6 @@
 """``lark-fast score``."""
 
 import json
-import sys
 from enum import StrEnum
 from typing import Annotated
 
@@ -27,6 +26,7 @@ from lark_fast.cli.options import (
     System,
     SystemOption,
     TemplateOption,
+    exit_if_nothing,
     number_or_auto,
     read_template,
     render_options,
@@ -157,9 +157,7 @@ def score(
         print(json.dumps(summary.as_json()))
     else:
         print("\n".join(summary.lines()), flush=True)
-    if not (summary.scored or summary.kept):
-        print("lark-fast: nothing could be scored", file=sys.stderr)
-        raise typer.Exit(3)
+    exit_if_nothing(summary.scored + summary.kept)
 
 
 def _refuse_mixed(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lark_fast.errors import RejectError
+from lark_fast.student_files import whole_path
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -40,9 +41,10 @@ class ScoreRows:
     the row's other new columns are None.
 
     The student is loaded by the process that scores, when it first does. So the object can be pickled, and what
-    ``datasets`` caches is found again for the same options and the same student: a local one that was written anew is
-    another. With ``num_proc`` each process loads its own and computes in one thread. Where there are several GPUs, and
-    with ``with_rank=True``, each takes one in turn; CUDA asks for ``multiprocess.set_start_method("spawn")`` first.
+    ``datasets`` caches is found again for the same options and the same student: a local one that was written anew, or
+    whose ``base`` was, is another. With ``num_proc`` each process loads its own and computes in one thread. Where there
+    are several GPUs, and with ``with_rank=True``, each takes one in turn; CUDA asks for
+    ``multiprocess.set_start_method("spawn")`` first.
 
     A first batch in which no row can be scored leaves its columns without a type, which ``datasets`` then refuses to
     change: ``map(..., features=rows.features(dataset.features))`` states them.
@@ -73,13 +75,12 @@ class ScoreRows:
         strict: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        directory = Path(student)
-        self.student = str(directory.resolve() if directory.is_dir() else student)
-        self.base, self.device, self.dtype, self.device_map = base, device, dtype, device_map
+        self.student, self.base = whole_path(student), None if base is None else whole_path(base)
+        self.device, self.dtype, self.device_map = device, dtype, device_map
         self.top_k, self.options = top_k, options
         self.chat_template, self.tokens_per_batch, self.strict = chat_template, tokens_per_batch, strict
         self.trust_remote_code = trust_remote_code
-        self._files = _stamps(directory) if directory.is_dir() else ()
+        self._files = _stamps(Path(self.student)), None if base is None else _stamps(Path(self.base))
         self._scorer: Scorer | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -307,6 +308,6 @@ def _plain(value: Any) -> Any:
 
 
 def _stamps(directory: Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, size and time of each file: what tells a student from a later one in the same place."""
-    files = sorted(file for file in directory.iterdir() if file.is_file())
+    """Name, size and time of each file: what tells a student from a later one in the same place. None of a hub's."""
+    files = sorted(file for file in directory.iterdir() if file.is_file()) if directory.is_dir() else ()
     return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)

@@ -32,7 +32,7 @@ def scores_beside(output: str) -> str:
     return f"{output}.scores"
 
 
-def score_lark(config: ScoreConfig, output: str) -> ScoreSummary:
+def score_lark(config: ScoreConfig, output: str) -> ScoreSummary | None:
     """Score a pool and write the released scorer's JSON, which appears whole or not at all.
 
     Args:
@@ -40,7 +40,7 @@ def score_lark(config: ScoreConfig, output: str) -> ScoreSummary:
         output: the file to write, or to replace.
 
     Returns:
-        What came of the scoring.
+        What came of the scoring. None on every rank but the first, which writes the file, see ``score_pool``.
 
     Raises:
         UserError: bad input; there is no record in it; ``output`` cannot be written. What was scored is kept.
@@ -54,6 +54,8 @@ def score_lark(config: ScoreConfig, output: str) -> ScoreSummary:
         if next(records, None) is None:
             raise UserError(f"--pool {' '.join(config.pool)}: holds no record")
     summary = score_pool(config)
+    if summary is None:
+        return None
     table = _table(pool, config.limit, _stored(config.out))
     with writing_to(output):
         write_lark_json(

@@ -39,8 +39,8 @@ class Delta:
         if math.isnan(self.loss_delta):
             return []
         lines = [
-            f"after {self.steps:,} step{'s' * (self.steps != 1)}: nll fell on {self.improved:.1%} of the trajectories, "
-            f"by {self.loss_delta:.3g} nats in the mean of all"
+            f"after {self.steps:,} step{'s' * (self.steps != 1)}: nll fell on {self.improved:.1%} of the trajectories; "
+            f"the mean of all is {abs(self.loss_delta):.3g} nats {'lower' if self.loss_delta > 0 else 'higher'}"
         ]
         if math.isfinite(self.spearman):
             among = f", {self.spearman_within:+.2f} within problems ({self.problems:,})" if self.problems else ""

@@ -1,6 +1,7 @@
 """``lark-fast score --dry-run``: everything but the writing, and forward passes over a few records alone."""
 
 import math
+import sys
 import time
 from array import array
 from dataclasses import replace
@@ -32,6 +33,8 @@ def dry_run(config: "ScoreConfig", pool: Pool) -> ScoreSummary:
     from lark_fast.scoring.run import Rejects, load_scorer, make_feed
     from lark_fast.scoring.team import choose_devices
 
+    if config.engine != "local":
+        print("lark-fast: the estimate is of one device of this machine; a dry run asks no cluster", file=sys.stderr)
     chosen = config.engine == "local" and config.devices
     devices = choose_devices(config.devices, config.device) if chosen else [config.device]
     scorer = load_scorer(replace(config, device=devices[0]))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from lark_fast.flop import ForwardCost, matmul_ceiling
 from lark_fast.packing import window_tokens
 from lark_fast.scoring.layout import Layout
+from lark_fast.student import multiplies_bfloat16
 
 if TYPE_CHECKING:
     from lark_fast.scoring.scorer import Scorer
@@ -18,6 +19,7 @@ class Facts:
     Attributes:
         device_type: "cpu" or "cuda".
         dtype: of its parameters, without "torch.".
+        multiplies_bfloat16: whether its device does.
         length_regime, max_positions, vocab_size: see ``Student``.
         n_parameters: of the model.
         unpackable, tokens_per_batch, cost: see ``Scorer``.
@@ -28,6 +30,7 @@ class Facts:
 
     device_type: str
     dtype: str
+    multiplies_bfloat16: bool
     unpackable: str | None
     length_regime: int | None
     max_positions: int | None
@@ -47,6 +50,7 @@ class Facts:
         return cls(
             device_type=student.device.type,
             dtype=str(student.dtype).removeprefix("torch."),
+            multiplies_bfloat16=multiplies_bfloat16(student.device),
             unpackable=scorer.unpackable,
             length_regime=student.length_regime,
             max_positions=student.max_positions,

@@ -23,7 +23,7 @@ from lark_fast.scoring.local import LocalPasses
 from lark_fast.scoring.place import Here, OnPiece
 from lark_fast.scoring.run import ScoreConfig, chosen_dtype, load_scorer, open_place, score_in, students_of
 from lark_fast.scoring.summary import ScoreSummary
-from lark_fast.student import choose_device, dtype_on
+from lark_fast.student import choose_device, dtype_on, load_tokenizer
 from lark_fast.talk import LostRankError, Talk, lost_ranks
 from lark_fast.world import started_by_torchrun
 
@@ -163,8 +163,15 @@ def _follow(config: ScoreConfig, talk: Talk) -> None:
 
 def _load(config: ScoreConfig, talk: Talk, dtype: str, **options: bool) -> "Scorer":
     """This rank's part of the student; what is not there for one of them, none can load."""
+
+    def look() -> None:
+        for files in students_of(config):
+            files.refuse_torn()
+            if talk.rank == 0:  # later the others would be waiting for it
+                load_tokenizer(files, config.trust_remote_code)
+
     try:
-        talk.done(lambda: [files.refuse_torn() for files in students_of(config)])
+        talk.done(look)
     except ValueError as error:
         raise UserError(str(error)) from error
     return load_scorer(config, dtype=dtype, tensor_parallel=True, **options)

@@ -20,7 +20,6 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -32,6 +31,7 @@ from lark_fast.processes import LostProcessError
 from lark_fast.scoring.run import ScoreConfig, chosen_dtype
 from lark_fast.scoring.team import Team
 from lark_fast.scoring.team_member import Asked, Refused, serve_on, weights_of
+from lark_fast.student_files import whole_path
 
 PATIENCE_SECONDS = 60.0  # for a cluster, and for its first actor, before it is said what is waited for
 REACH_SECONDS = 5.0
@@ -48,7 +48,8 @@ def ray_team(config: ScoreConfig) -> Iterator[Team]:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         devices, needs = choose_actors(nodes, config.devices, config.device)
         # What depends on this machine is settled here: an actor has another working directory, and perhaps no store.
-        paths = {name: _absolute(getattr(config, name)) for name in ("student", "after", "base")}
+        given = {name: getattr(config, name) for name in ("student", "after", "base")}
+        paths = {name: whole_path(place) for name, place in given.items() if place is not None}
         asked = replace(config, **paths, dtype=chosen_dtype(config))
         with Team(asked, devices, Actors(needs), weights_of(config)) as team:
             yield team
@@ -91,11 +92,6 @@ def choose_actors(
     shares = range(max(1, *counts[name]), 1, -1)
     share = next((share for share in shares if sum(count // share for count in counts[name]) >= number), 1)
     return ["cpu"] * number, {"num_gpus": 0, "num_cpus": share}
-
-
-def _absolute(path: str | None) -> str | None:
-    """A place's whole path; a hub's id as it is."""
-    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
 
 
 class Ends:

@@ -98,13 +98,16 @@ def score_in(open_place: Callable[[ScoreConfig], AbstractContextManager["Place"]
     if config.race is not None:
         refuse_beside_race(config)
     pool = Pool(config.pool, share=None if config.shard is None else Share.parse(config.shard))
+    if config.ray_address is not None and config.engine != "ray":
+        raise UserError("--ray-address: goes with --engine ray")
     if pool.share is not None and config.export is not None:
         raise UserError(f"--export {config.export}: takes all candidates of a problem; give it to `lark-fast merge`")
     if config.dry_run:
         from lark_fast.scoring.dry_run import dry_run
 
         return dry_run(config, pool)
-    refuse_overlap(config.out, {"--pool": pool.inputs})
+    own = [directory for files in students_of(config) for directory in files.directories]
+    refuse_overlap(config.out, {"--pool": pool.inputs, "--student": own})
     summary = ScoreSummary(out=config.out, share=pool.share)
     refuse_taken(config.out)
     with (
@@ -152,8 +155,6 @@ def open_place(config: ScoreConfig) -> Iterator["Place"]:
         with _ray_team(config) as team:
             yield team
         return
-    if config.ray_address is not None:
-        raise UserError("--ray-address: goes with --engine ray")
     if config.devices is not None:
         if config.device_map is not None:
             raise UserError(
@@ -365,7 +366,7 @@ def _say_what_rounding_costs(config: ScoreConfig, place: "Place", feed: Feed) ->
     stream = iter(feed)
     first = list(itertools.islice(stream, SAMPLE))
     cost = place.rounding_cost(config, first)
-    measured = f": it moves {cost}" if cost else " (what it costs was not measured: no room for the student in float32)"
+    measured = f": it moves {cost}" if cost else " (what it costs was not measured)"
     _say(f"scoring in bfloat16, which this processor has{measured}; --dtype float32 does without")
     yield from first
     yield from stream
@@ -373,12 +374,10 @@ def _say_what_rounding_costs(config: ScoreConfig, place: "Place", feed: Feed) ->
 
 def _say_in_what_precision(facts: "Facts") -> None:
     """Two states of a student are compared, and nobody has chosen a precision."""
-    from lark_fast.student import choose_device, multiplies_bfloat16
-
     rounding = "what a few steps change can be less than bfloat16 rounds off"
     if facts.dtype != "float32":
         _say(f"the two are compared in {facts.dtype}; {rounding}, and --dtype float32 does not")
-    elif multiplies_bfloat16(choose_device(facts.device_type)):
+    elif facts.multiplies_bfloat16:
         _say(f"the two are compared in float32: {rounding}; --dtype bfloat16 is faster")
 
 
