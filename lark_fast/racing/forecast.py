@@ -22,11 +22,16 @@ common to a problem, so the order is that of
 and residuals are those of 2 brier - m nll. The error of h_k has two parts, that of the own distance and that of the
 remaining T - n tokens about it:
 
-    sd_k = (T - n)/T sqrt(tau^2 s^2/n / (tau^2 + s^2/n) + s^2 / (T - n)).
+    sd_k = (T - n)/T sqrt(tau^2 s^2/n / (tau^2 + s^2/n) + s^2 / (T - n)),
+
+here with tau^2 raised by its own standard error, sqrt(2/(K - 1)) times the mean s^2/n. m depends on all candidates. To
+first order its error is the sum of those of brier_k - m nll_k over S, which have the same form; they are taken to go
+together, since a drift is common to them.
 
 Stated assumptions: the drift along trajectories that the table does not see (a text's end may be easier than its words
 say) is the same for all candidates at the same share of their lengths, and so leaves their order alone; errors are
-nearly normal. Neither is known to hold; the audit measures what comes of them.
+nearly normal. Neither is known to hold; the audit measures what comes of them. An interval by Bernstein's inequality
+would assume less, but of some hundred tokens it is wider than the candidates are apart (docs/less.md).
 """
 
 import itertools
@@ -47,7 +52,8 @@ class Forecast(NamedTuple):
     nll: NDArray[np.float64]
     brier: NDArray[np.float64]
     h: NDArray[np.float64]  # orders as g_hat does
-    sd: NDArray[np.float64]  # of the error of h; 0 where all is known
+    sd: NDArray[np.float64]  # of the error of h, m being right; 0 where all is known
+    sd_m: float  # of the error of m, which is the same for all candidates
 
 
 class Forecaster:
@@ -83,19 +89,28 @@ class Forecaster:
         sums = {name: self._sum(np.where(seen, x, tables[name])) for name, x in values.items()}
         distances = {name: np.where(seen, x - tables[name], 0.0) for name, x in values.items()}
         m = self._ratio(sums["brier"], sums["nll"])
-        residuals = 2 * distances["brier"] - m * distances["nll"]
-        variance = self._variance(residuals, known)
-        own = self._sum(residuals) / known
-        of_own = variance / known
-        between = max(0.0, float(own.var(ddof=1) - of_own.mean())) if len(own) > 1 else 0.0
-        shrunk = between / (between + of_own + np.finfo(float).tiny)
+        shrunk, sd = self._spread(2 * distances["brier"] - m * distances["nll"], known)
+        _, sd_of_m = self._spread(distances["brier"] - m * distances["nll"], known)
         for name, distance in distances.items():
             mean = self._sum(distance) / known
             sums[name] = sums[name] + rest * (mean.mean() + shrunk * (mean - mean.mean()))
         m = self._ratio(sums["brier"], sums["nll"])
         means = {name: total / self.lengths for name, total in sums.items()}
-        sd = rest / self.lengths * np.sqrt(shrunk * of_own + variance / np.maximum(1, rest))
-        return Forecast(means["nll"], means["brier"], 2 * means["brier"] - m * means["nll"], sd)
+        sd_m = float(self._copies @ sd_of_m / max(self._copies @ means["nll"], np.finfo(float).tiny))
+        return Forecast(means["nll"], means["brier"], 2 * means["brier"] - m * means["nll"], sd, sd_m)
+
+    def _spread(
+        self, residuals: NDArray[np.float64], known: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """``lambda`` and ``sd`` of each candidate, ``[K]``."""
+        rest, variance = self.lengths - known, self._variance(residuals, known)
+        own, of_own = self._sum(residuals) / known, variance / known
+        between = max(0.0, float(own.var(ddof=1) - of_own.mean())) if len(own) > 1 else 0.0
+        shrunk = between / (between + of_own + np.finfo(float).tiny)
+        # Few candidates may look more alike than they are.
+        perhaps = between + np.sqrt(2 / max(1, len(own) - 1)) * float(of_own.mean())
+        of_distance = perhaps * of_own / (perhaps + of_own + np.finfo(float).tiny)
+        return shrunk, rest / self.lengths * np.sqrt(of_distance + variance / np.maximum(1, rest))
 
     def _sum(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Over each candidate's tokens."""

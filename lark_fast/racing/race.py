@@ -22,6 +22,7 @@ from lark_fast.racing.forecast import Forecast, Forecaster
 from lark_fast.racing.rules import FEWEST, RaceRules
 
 MOST_BRIER = 2.0
+FURTHER = 0.2  # of their lengths, that those who have stopped are scored on where m has to be known better
 MARGIN = 1e-9  # of sums in another order
 
 
@@ -79,18 +80,28 @@ class Race:
             if not self._finite():
                 yield self.lengths
                 return
+            running &= self._ahead(self._forecast()) @ self._copies < self._rules.budget + 1
+        while True:
             forecast = self._forecast()
-            ahead = forecast.h[None, :] - forecast.h[:, None]
-            chance = np.hypot(forecast.sd[None, :], forecast.sd[:, None])
-            running &= (ahead > self._rules.deviations * chance + MARGIN) @ self._copies < self._rules.budget + 1
-        while True:  # who seems to be among the first has to show it
-            first = self._leaders(self._forecast().h, 1)
-            if (self.known == self.lengths)[first].all():
+            first, done = self._leaders(forecast.h, 1), self.known == self.lengths
+            winners = self._leaders(forecast.h, 0)
+            certain = self._ahead(forecast)[np.ix_(done & ~winners, winners)].all()
+            if not done[first].all():  # who seems to be among the first has to show it
+                yield np.where(first, self.lengths, self.known)
+            elif certain or done.all():
                 return
-            yield np.where(first, self.lengths, self.known)
+            else:  # two that are known to their ends may change places with m, which depends on those that are not
+                yield np.minimum(self.known + np.ceil(FURTHER * self.lengths).astype(np.int64), self.lengths)
             if not self._finite():
                 yield self.lengths
                 return
+
+    def _ahead(self, forecast: Forecast) -> NDArray[np.bool_]:
+        """``[K, K]`` whether the column's candidate is better than the line's by more than chance explains."""
+        lead = forecast.h[None, :] - forecast.h[:, None]
+        by_m = forecast.sd_m * (forecast.nll[None, :] - forecast.nll[:, None])
+        chance = np.sqrt(forecast.sd[None, :] ** 2 + forecast.sd[:, None] ** 2 + by_m**2)
+        return lead > self._rules.deviations * chance + MARGIN
 
     def _hard(self) -> Iterator[NDArray[np.int64]]:
         running = np.ones(len(self.lengths), dtype=bool)

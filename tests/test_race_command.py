@@ -1,0 +1,247 @@
+"""``lark-fast score --race`` from the command line, beside the same pool scored in full."""
+
+import json
+import random
+import signal
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lark_fast.racing.outcome import read_race
+from lark_fast.racing.rules import RaceRules
+from lark_fast.scoring.parts import part_files
+from tests.command import EVIDENCE, NO_CEILING, Forks, write_jsonl, write_student
+
+WORDS = [
+    "sum",
+    "check",
+    "that",
+    "the",
+    "is",
+    "right",
+    "answer",
+    "let",
+    "me",
+    "two",
+    "three",
+    "then",
+    "maybe",
+    "so",
+    "we",
+]
+HARD = ["zyx", "qvw", "kjx", "7#!", "%%@", "xxq", "wqz"]
+PROBLEMS, RACED = 14, 10  # the others have too few candidates
+
+
+def make_pool():
+    rng = random.Random(1)
+    for p in range(PROBLEMS):
+        for k in range(3 if p % 4 == 0 else 9):
+            words = HARD if (k + p) % 3 == 0 else WORDS  # candidates that differ
+            text = " ".join(rng.choice(words) for _ in range(rng.randint(40, 160)))
+            turns = [{"role": "user", "content": f"What is {p}?"}, {"role": "assistant", "content": text}]
+            yield {"problem_id": p, "candidate_id": k, "teacher": f"t{k}", "messages": turns}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("race")
+    write_student(place / "student")
+    write_jsonl(place / "pool.jsonl", make_pool())
+    return place
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    started = Forks(tmp_path_factory.mktemp("prints"), *EVIDENCE, before=NO_CEILING)
+    yield started
+    started.close()
+
+
+def score(place, out, *more, pool="pool.jsonl"):
+    where = ("--pool", place / pool, "--student", place / "student", "--out", out, "--device", "cpu", "--workers", 0)
+    return ("score", *where, "--dtype", "float32", *more)
+
+
+def rows(out):
+    table = pa.concat_tables([pq.read_table(part) for part in part_files(out)])
+    return {(row["problem_id"], row["candidate_id"]): row for row in table.to_pylist()}
+
+
+@pytest.fixture(scope="module")
+def full(place, forks):
+    forks.run(*score(place, place / "full"))
+    return rows(place / "full")
+
+
+@pytest.fixture(scope="module")
+def raced(place, forks):
+    told = forks.run(*score(place, place / "raced", "--race", 2, "--json"))
+    return rows(place / "raced"), json.loads(told.stdout)
+
+
+def by_problem(scores):
+    problems = {}
+    for key, row in scores.items():
+        problems.setdefault(key[0], []).append(row)
+    return problems
+
+
+def test_who_is_scored_in_full_has_the_scores_of_a_run_without_a_race(full, raced):
+    stopped = 0
+    for key, row in raced[0].items():
+        if row["audited"] or row["n_raced"] == row["n_tokens"]:
+            for name in ("nll", "brier", "entropy", "rank_mean", "rsr"):
+                assert row[name] == pytest.approx(full[key][name], rel=1e-6)
+        else:
+            stopped += 1
+            assert row["nll"] == pytest.approx(full[key]["nll"], rel=0.2)  # a forecast
+        assert row["n_tokens"] == full[key]["n_tokens"]
+    assert stopped > 20
+
+
+def test_winners_are_the_best_and_known_to_their_ends(full, raced):
+    missed = 0
+    for problem, own in by_problem(raced[0]).items():
+        if own[0]["winner"] is None:
+            assert len(own) == 3  # too few to race
+            continue
+        winners = {row["candidate_id"] for row in own if row["winner"]}
+        best = sorted(own, key=lambda row: -row["g_hat"])
+        assert len(winners) == 2
+        if not own[0]["audited"]:
+            assert winners == {row["candidate_id"] for row in best[:2]}
+            assert all(row["n_raced"] == row["n_tokens"] for row in best[:3])
+        exact = sorted((key for key in full if key[0] == problem), key=lambda key: -full[key]["g_hat"])
+        missed += {key[1] for key in exact[:2]} != winners
+    assert missed <= 1
+
+
+def test_what_it_says(place, raced):
+    told = raced[1]
+    out = read_race(place / "raced", RaceRules(budget=2))
+    assert told["race_budget"] == 2
+    assert told["race_problems"] == out.problems == RACED
+    assert told["race_share"] == pytest.approx(out.share, rel=1e-5)
+    assert out.share < 0.95
+    assert out.share_of_races < out.share
+    assert told["passed_tokens"] < told["input_tokens"]
+    audited = {problem for problem, own in by_problem(raced[0]).items() if own[0]["audited"]}
+    assert audited == {str(p) for p in range(PROBLEMS) if p % 4 and RaceRules(budget=2).audits(str(p))}
+    assert told["race_audited"] == len(audited) > 0
+
+
+def test_the_same_bytes_again_and_after_kill_9(place, forks):
+    def parts(out):
+        return [part.read_bytes() for part in part_files(place / out)]
+
+    for out in ("again", "killed"):
+        if out == "killed":
+            run = forks.start(*score(place, place / out, "--race", 2))
+            while not any(journal.stat().st_size for journal in (place / out).glob("journal-*")):
+                assert run.poll() is None
+                time.sleep(0.002)
+            run.kill(signal.SIGKILL)
+            run.wait()
+        forks.run(*score(place, place / out, "--race", 2))
+    assert parts("again") == parts("killed") == parts("raced") if (place / "raced").exists() else True
+
+
+def test_the_order_of_problems_is_nothing_to_it(place, forks, raced):
+    problems = {}
+    for record in make_pool():
+        problems.setdefault(record["problem_id"], []).append(record)
+    write_jsonl(place / "turned.jsonl", [one for own in reversed(list(problems.values())) for one in own])
+    forks.run(*score(place, place / "turned", "--race", 2, pool="turned.jsonl"))
+    turned = rows(place / "turned")
+    for key, row in raced[0].items():
+        assert {name: turned[key][name] for name in ("n_raced", "winner", "audited")} == {
+            name: row[name] for name in ("n_raced", "winner", "audited")
+        }
+        assert turned[key]["nll"] == pytest.approx(row["nll"], rel=1e-6)
+
+
+def test_without_keys_and_values_the_same_comes_out(place, forks, raced):
+    # Of a student that cannot go on, pieces pass again from their first token.
+    before = NO_CEILING + "\nimport lark_fast.racing.passes\nlark_fast.racing.passes.PAST_MEMORY_SHARE = 0.0\n"
+    told = json.loads(forks.run(*score(place, place / "anew", "--race", 2, "--json"), before=before).stdout)
+    assert told["passed_tokens"] > raced[1]["passed_tokens"]
+    for key, row in rows(place / "anew").items():
+        assert row["n_raced"] == raced[0][key]["n_raced"]
+        assert row["nll"] == pytest.approx(raced[0][key]["nll"], rel=1e-6)
+
+
+def test_risk_0_is_never_wrong(place, forks, full):
+    forks.run(*score(place, place / "sure", "--race", 2, "--race-risk", 0))
+    for problem, own in by_problem(rows(place / "sure")).items():
+        if own[0]["winner"] is not None:
+            exact = sorted((key for key in full if key[0] == problem), key=lambda key: -full[key]["g_hat"])[:2]
+            assert {row["candidate_id"] for row in own if row["winner"]} == {key[1] for key in exact}
+
+
+def test_candidates_that_come_later_are_scored_in_full(place, forks):
+    records = list(make_pool())
+    late = [record for record in records if record["candidate_id"] in (7, 8)]
+    write_jsonl(place / "growing.jsonl", [record for record in records if record not in late])
+    forks.run(*score(place, place / "grown", "--race", 2, pool="growing.jsonl"))
+    before = rows(place / "grown")
+    write_jsonl(place / "growing.jsonl", records)
+    forks.run(*score(place, place / "grown", "--race", 2, pool="growing.jsonl"))
+    after = rows(place / "grown")
+    assert len(after) == len(records)
+    for key in after.keys() - before.keys():
+        assert after[key]["n_raced"] == after[key]["n_tokens"]
+        assert after[key]["winner"] is None
+    assert all(after[key]["n_raced"] == row["n_raced"] for key, row in before.items())
+
+
+def test_selection(place, forks, raced, full):
+    pool = ("--pool", place / "pool.jsonl")
+    forks.run("select", "--scores", place / "raced", *pool, "--out", place / "chosen", "--budget", 2)
+    chosen = [json.loads(line)["meta"] for line in (place / "chosen" / "train.jsonl").open()]
+    for one in chosen:
+        row = raced[0][(str(one["problem_id"]), str(one["candidate_id"]))]
+        assert row["winner"] in (True, None) or row["audited"]
+    for wrong in (("--budget", 3), ("--policy", "nll"), ("--tau", 0.1), ("--policy", "random", "--budget", 2)):
+        told = forks.run("select", "--scores", place / "raced", *pool, "--out", place / "x", *wrong, code=2)
+        assert "raced for the 2 best" in told.stderr
+        assert told.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--race-risk", 0.1), "--race-risk goes with --race"),
+        (("--race", 2, "--race-risk", 0.7), "--race-risk 0.7: lies between 0 and 0.5"),
+        (("--race", 2, "--race-risk", "nan"), "lies between"),
+        (("--race", 2, "--devices", "2"), "--race does not go with --devices"),
+        (("--race", 2, "--shard", "0/2"), "--race does not go with --shard"),
+        (("--race", 2, "--local-steps", 1), "--race does not go with --local-steps"),
+        (("--race", 2, "--export", "lark-json"), "--race does not go with --export"),
+    ],
+)
+def test_what_does_not_go_with_it(place, forks, more, said):
+    told = forks.run(*score(place, place / "x", *more), code=2)
+    assert said in told.stderr
+    assert told.stderr.count("\n") == 1
+    assert not (place / "x").exists()
+
+
+def test_a_store_of_another_race_or_of_none(place, forks, raced, full):
+    for out, more in (
+        ("raced", ("--race", 3)),
+        ("raced", ("--race", 2, "--race-risk", 0.1)),
+        ("raced", ()),
+        ("full", ("--race", 2)),
+    ):
+        told = forks.run(*score(place, place / out, *more), code=2)
+        assert "race" in told.stderr
+
+
+def test_candidates_that_do_not_lie_together(place, forks):
+    records = list(make_pool())
+    write_jsonl(place / "scattered.jsonl", records[1:] + records[:1])
+    told = forks.run(*score(place, place / "scattered", "--race", 2, pool="scattered.jsonl"), code=2)
+    assert "--race needs a problem's candidates together: sort the pool by problem_id" in told.stderr
