@@ -9,12 +9,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before any is imported
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def forks(tmp_path_factory):
-    """Commands in processes that need not import everything anew."""
-    from tests.command import Forks
+    """Commands in processes that need not import everything anew: what any of them needs is imported once."""
+    from tests.command import EVIDENCE, RANKS, Forks
 
-    started = Forks(tmp_path_factory.mktemp("prints"))
+    started = Forks(tmp_path_factory.mktemp("prints"), *EVIDENCE, *RANKS)
     yield started
     started.close()
 
