@@ -9,6 +9,20 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before any is imported
 
 
+# Modules that take a minute or more, longest first: begun last, one of them would run on alone.
+LONGEST = (
+    *("aot", "engine_faults", "team", "token_stats", "diagnosis", "benchmarks", "ray", "training_ranks", "engine"),
+    *("training_recipes", "forward", "store_faults", "pilot", "evaluation", "linear_cross_entropy", "topk_triton"),
+    *("training_run", "trainers", "local", "estimate", "demo", "tensor_parallel"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest modules first; the order within a module, and of all others, stays."""
+    place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory):
     """Commands in processes that need not import everything anew: what any of them needs is imported once."""
