@@ -1,12 +1,36 @@
 """What all tests share: kernels run on the GPU where there is one, else in Triton's interpreter, on the CPU."""
 
+import inspect
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before any is imported
+
+
+def pytest_configure():
+    """Half of its time Triton's interpreter looks through all of its language for what is built in, at each call of a
+    function. That does not change, so it is looked up once.
+    """
+    if find_spec("triton") is None:
+        return
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    built_in = {}
+
+    def patch_builtin(package, *rest):
+        if package not in built_in:
+            built_in[package] = [name for name, member in inspect.getmembers(package) if core.is_builtin(member)]
+        for name in built_in[package]:
+            member = getattr(package, name)
+            if core.is_builtin(member):  # and is not replaced already, by the function that calls this one
+                interpreter._patch_attr(package, name, member, *rest)
+
+    interpreter._patch_builtin = patch_builtin
 
 
 # Modules that take a minute or more, longest first: begun last, one of them would run on alone.
