@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 
 # A process a core, so a thread a process.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadscope
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 
 benchmarks: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks $(ARGS)

@@ -1,11 +1,11 @@
 """Compiles every kernel in every configuration that can be picked, for GPUs that need not be here, and reads what the
 compiler says: registers, bytes spilled, and whether the matrix instructions of the chip are used.
 
-    python -m benchmarks.aot [--arch sm_90 ...] [--first]
+    python -m benchmarks.aot [--arch sm_90 ...] [--first [sm_80 ...]]
 
-A line of JSON a kernel; ``--first`` stops at the first configuration of each operation. The launchers run as they are,
-on tensors without memory (torch's "meta" device), under a driver that stands for the GPU: what is compiled is what is
-launched there.
+A line of JSON a kernel; ``--first`` stops at the first configuration of each operation, for all or for some. The
+launchers run as they are, on tensors without memory (torch's "meta" device), under a driver that stands for the GPU:
+what is compiled is what is launched there.
 """
 
 import argparse
@@ -323,16 +323,19 @@ def main() -> int:
     """Exit status: 1 where a kernel has a fault."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", action="append", choices=TARGETS, help="default: all")
-    parser.add_argument("--first", action="store_true", help="one configuration of each operation")
+    parser.add_argument(
+        "--first", nargs="*", choices=TARGETS, help="one configuration of each operation; for these, default: for all"
+    )
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set, so nothing would be compiled: unset it")
     n_kernels = n_faulty = 0
+    firsts = () if arguments.first is None else arguments.first or TARGETS
     for arch in arguments.arch or TARGETS:
         seen = set()
         with compiling_for(arch) as compiled:
             for launch in launches(arch):
-                if arguments.first and launch.operation in seen:
+                if arch in firsts and launch.operation in seen:
                     continue
                 seen.add(launch.operation)
                 compiled.clear()

@@ -1,5 +1,6 @@
 """The real command line, in a process of its own."""
 
+import copy
 import itertools
 import json
 import os
@@ -58,7 +59,7 @@ def make_records(problems: int, candidates: int = 3, words: int = 4):
 # It has no thread but its own when it forks. A child ends as any Python program does (threads are waited for, what was
 # registered with atexit runs) but for the modules, which are not taken apart: that takes twice as long as most tests.
 _FORKING = """
-import atexit, contextlib, gc, json, os, sys, threading
+import atexit, contextlib, json, os, sys, threading
 with contextlib.suppress(ImportError):
     import typer._adapters  # at the first option; it imports pydantic
 import pyarrow.parquet
@@ -71,6 +72,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.llama import modeling_llama
 
 get_checkpoint_conversion_mapping("llama")  # makes a table that it keeps
+pyarrow.table({"": [""]})  # at the first table it imports pandas
+gc.enable()
 gc.freeze()  # or every child goes through all objects of the imports, half a second each
 print("ready", flush=True)
 while line := sys.stdin.readline():
@@ -102,8 +105,10 @@ while line := sys.stdin.readline():
 """
 
 
-# For commands that train and draw many times; measuring the machine takes longer than most of their runs.
+# What commands that train and draw import besides, and a student over ranks.
 EVIDENCE = ("lark_fast.training.run", "lark_fast.scoring.run", "lark_fast.flop", "scipy.stats", "matplotlib.figure")
+RANKS = ("lark_fast.scoring.ranks", "torch.distributed.tensor", "transformers.distributed.tensor_parallel")
+# For those that do it many times: measuring the machine takes longer than most of their runs.
 NO_CEILING = """
 lark_fast.flop.matmul_ceiling = lark_fast.training.run.matmul_ceiling = lambda *_: 1e12
 """
@@ -115,15 +120,14 @@ class Forks:
     Args:
         directory: for what the commands print.
         modules: that most of them import too.
-        before: a program that it runs first, once.
         environment: of all of them, beside ENVIRONMENT.
     """
 
-    def __init__(self, directory: Path, *modules: str, before: str = "", environment=None) -> None:
-        self._directory, self._numbers = directory, itertools.count()
-        more = (f"import {', '.join(modules)}\n" if modules else "") + before
+    def __init__(self, directory: Path, *modules: str, environment=None) -> None:
+        self._directory, self._numbers, self._before = directory, itertools.count(), ""
+        more = f"import {', '.join(modules)}\n" if modules else ""
         self._process = subprocess.Popen(
-            [sys.executable, "-c", more + _FORKING],
+            [sys.executable, "-c", "import gc; gc.disable()\n" + more + _FORKING],
             env={**ENVIRONMENT, "OMP_WAIT_POLICY": "passive", **(environment or {})},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
@@ -132,6 +136,12 @@ class Forks:
     def close(self) -> None:
         """No more commands."""
         self._process.communicate()
+
+    def preceded_by(self, before: str) -> "Forks":
+        """The same process, for commands that all run a program first."""
+        other = copy.copy(self)
+        other._before = before
+        return other
 
     def ask(self, **what):
         """Send the process a line and read its answer."""
@@ -142,6 +152,7 @@ class Forks:
     def start(self, *words, before: str = "") -> "Fork":
         """Start a command, in a process group of its own; ``before`` is a program that it runs first."""
         prints = [self._directory / f"{next(self._numbers)}.{name}" for name in ("stdout", "stderr")]
+        before = self._before + before
         pid = self.ask(words=list(map(str, words)), before=before, stdout=str(prints[0]), stderr=str(prints[1]))
         return Fork(self, pid, *prints)
 

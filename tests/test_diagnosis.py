@@ -8,17 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.command import EVIDENCE, NO_CEILING, Forks, make_records, write_jsonl, write_student
+from tests.command import NO_CEILING, make_records, write_jsonl, write_student
 
 OPTIONS = ("--problems", 9, "--budget", 2, "--steps", 1, "--lr", "1e-4")
 FILES = ["diagnosis.md", "diagnosis.png", "manifest.json", "problems.jsonl", "summary.json"]
 
 
 @pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    started = Forks(tmp_path_factory.mktemp("prints"), *EVIDENCE, before=NO_CEILING)
-    yield started
-    started.close()
+def forks(forks):
+    return forks.preceded_by(NO_CEILING)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from lark_fast.pilot.config import PilotConfig
 from lark_fast.pilot.run import pilot
 from lark_fast.student import load_student
-from tests.command import EVIDENCE, NO_CEILING, Forks, make_records, write_jsonl, write_student
+from tests.command import NO_CEILING, make_records, write_jsonl, write_student
 
 PROBLEMS = 42
 OPTIONS = (
@@ -27,10 +27,8 @@ def records(problems=PROBLEMS):
 
 
 @pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    started = Forks(tmp_path_factory.mktemp("prints"), *EVIDENCE, before=NO_CEILING)
-    yield started
-    started.close()
+def forks(forks):
+    return forks.preceded_by(NO_CEILING)
 
 
 @pytest.fixture(scope="module")

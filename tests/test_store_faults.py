@@ -87,6 +87,7 @@ def test_a_crash_between_any_two_steps(tmp_path, monkeypatch, acknowledged):
 # Forks a run for each line it reads: importing takes far longer than being killed.
 RUNNER = """
 import os, sys
+import pyarrow
 from tests.score_rows import IDENTITY, row, key
 from lark_fast.scoring.store import ScoreStore
 def go_on(directory):
@@ -102,6 +103,7 @@ def go_on(directory):
                 os.write(1, "".join(f"{'/'.join(key(r))}\\n" for r in pack).encode())
             store.close_window([key(r) for r in window if key(r) not in finished])
             number += 1
+pyarrow.table({"": [""]})  # at the first table it imports pandas
 for line in sys.stdin:
     run = os.fork()
     if not run:

@@ -17,7 +17,7 @@ from tests.command import make_records, write_jsonl, write_student
 from tests.score_rows import table
 from tests.test_engine_faults import rows_of, tree, wait_for
 
-QUICK = "import math, lark_fast.packing as p; p.CPU_WINDOW_FLOP = 0\n"  # windows of four packs
+QUICK = "import lark_fast.packing as p; p.CPU_WINDOW_FLOP = 0\n"  # windows of four packs
 DEADLY = """
 import os
 from transformers import LlamaForCausalLM
@@ -117,7 +117,7 @@ def test_stopped_and_gone_on_with_with_another_number(tmp_path, forks, student):
     nothing_left(own)
     kept = len(rows_of(out))
     assert 0 < kept < 360
-    run = forks.start(*words(pool, student, out, "--devices", 2, *more), before=QUICK)
+    run = forks.start(*words(pool, student, out, "--devices", 1, *more), before=QUICK)
     wait_for(lambda: len(rows_of(out)) > kept, run, 300)
     own = members(run)
     run.kill(signal.SIGKILL)

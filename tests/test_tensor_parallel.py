@@ -17,7 +17,7 @@ from lark_fast.errors import UserError
 from lark_fast.kernels.token_stats import TokenStats
 from lark_fast.scoring.estimate import Footprint
 from lark_fast.student import load_student
-from tests.command import Forks, make_records, write_jsonl, write_student
+from tests.command import make_records, write_jsonl, write_student
 from tests.score_rows import table
 from tests.tiny import tiny_decoder, tiny_gemma2, tiny_llama, tiny_phi, tiny_qwen2
 
@@ -127,15 +127,6 @@ def test_ranks_score_as_one_process(tmp_path, forks, ranks):
             # Norms are whole on every rank, and a head that is in no plan.
             if name != "head not in the plan" and not OLD:
                 assert n_bytes < 1.05 / ranks * Footprint.of(alone.student.model).weights
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    """With what ranks import besides."""
-    own = ("lark_fast.scoring.ranks", "torch.distributed.tensor", "transformers.distributed.tensor_parallel")
-    started = Forks(tmp_path_factory.mktemp("prints"), *own)
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")

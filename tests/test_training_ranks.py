@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -68,11 +67,15 @@ def over_ranks(*arguments, **options):
     return done
 
 
-def over_forks(forks, *arguments, ranks=2, **options):
-    """The same without torchrun and without the imports: rank 0."""
+def start_forks(forks, *arguments, ranks=2, **options):
+    """The same ranks without torchrun and without the imports."""
     words = torchrun(*arguments, **options)
-    started = forks.start_ranks([""] * ranks, *words[words.index("lark_fast") + 1 :])
-    first, *_ = [rank.ended() for rank in started]
+    return forks.start_ranks([""] * ranks, *words[words.index("lark_fast") + 1 :])
+
+
+def over_forks(forks, *arguments, **options):
+    """They come to their end: rank 0."""
+    first, *_ = [rank.ended() for rank in start_forks(forks, *arguments, **options)]
     return first
 
 
@@ -112,21 +115,17 @@ def test_a_rank_without_work(tmp_path, forks, data, student, alone):
 
 
 @pytest.mark.parametrize(("how", "ranks"), [(signal.SIGKILL, 1)])
-def test_stopped_and_gone_on_with(tmp_path, data, student, alone, how, ranks):
+def test_stopped_and_gone_on_with(tmp_path, forks, data, student, alone, how, ranks):
     # Two ranks begin, are stopped, and as many or fewer go on.
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        torchrun(data, student, out, "--save-every", 3), env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    started = start_forks(forks, data, student, out, "--save-every", 3)
     log = out / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and len(log.read_bytes().splitlines()) >= 5):
+    while started[0].poll() is None and not (log.exists() and len(log.read_bytes().splitlines()) >= 5):
         time.sleep(0.002)
-    if how == signal.SIGTERM:
-        process.send_signal(how)
-        process.wait(60)
-    else:
-        kill_family(process)
+    for rank in started:
+        rank.kill(how)
+    for rank in started:
+        rank.wait(60)
     assert not json.loads((out / "manifest.json").read_text())["complete"], "the run ended before it was stopped"
     states = list(out.glob("resume-*"))
     if how == signal.SIGTERM:
@@ -138,15 +137,6 @@ def test_stopped_and_gone_on_with(tmp_path, data, student, alone, how, ranks):
     else:
         over_ranks(data, student, out)
     assert differ(metrics(out), metrics(alone)) < TOLERANCE
-
-
-def kill_family(process):
-    """torchrun and its ranks, all at once."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        member.kill()
-    process.wait(60)
-    assert not psutil.wait_procs(family, timeout=60)[1]
 
 
 def test_the_same_ranks_come_to_the_same_bits(tmp_path, forks, data, student, two):
@@ -182,18 +172,11 @@ def test_early_stop_over_ranks(tmp_path, forks, data, student):
     assert sum(score.nll for score in scores) / len(scores) == pytest.approx(best, rel=1e-5)
 
 
-def test_bad_input_ends_all_ranks(tmp_path, data, student):
+def test_bad_input_ends_all_ranks(tmp_path, forks, student):
     rows = weighted_rows()
     rows[3]["weight"] = "heavy"
     bad = write_data(tmp_path / "bad.jsonl", rows)
-    done = subprocess.run(
-        torchrun(bad, student, tmp_path / "out"),
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode != 0
-    assert f"lark-fast: {bad}:4: weight is 'heavy'" in done.stderr
+    started = start_forks(forks, bad, student, tmp_path / "out")
+    assert all(rank.wait() != 0 for rank in started)  # each by itself: no torchrun ends them
+    assert f"lark-fast: {bad}:4: weight is 'heavy'" in started[0].stderr
     assert not (tmp_path / "out").exists()
