@@ -90,6 +90,10 @@ def score(
         int | None,
         typer.Option(min=1, help="Also score each step with only K preceding ones as context (LALP): local_nll."),
     ] = None,
+    head_share: Annotated[
+        float | None,
+        typer.Option(help="Of each trajectory's scored positions, this share alone meets the head, with nll_se, ..."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first N records.")] = None,
     shard: Annotated[
         str | None,
@@ -127,6 +131,7 @@ def score(
         workers=number_or_auto(workers, "--workers", at_least=0),
         compile=compile,
         local_steps=local_steps,
+        head_share=head_share,
         limit=limit,
         shard=shard,
         dry_run=dry_run,

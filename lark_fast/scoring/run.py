@@ -24,6 +24,7 @@ from lark_fast.rendering.renderer import Renderer, RenderOptions
 from lark_fast.scoring.delta import read_delta
 from lark_fast.scoring.export import export_lark_json
 from lark_fast.scoring.feed import Feed, Trajectory, default_workers
+from lark_fast.scoring.head_sample import read_head_sample
 from lark_fast.scoring.metrics import MetricsLog
 from lark_fast.scoring.store import ScoreStore, read_manifest
 from lark_fast.scoring.summary import ScoreSummary
@@ -60,6 +61,7 @@ class ScoreConfig:
     ray_address: str | None = None  # None: the cluster that Ray finds, or one of this machine for the run
     compile: bool = False
     local_steps: int | None = None  # preceding steps that are context of local scores; None: none are made
+    head_share: float | None = None  # of the scored positions that meet the head, see ``head_sampling``; None: all
     limit: int | None = None
     shard: str | None = None  # "3/8": that share of the pool, see ``pool.shares``; None: all of it
     dry_run: bool = False
@@ -90,8 +92,29 @@ def score_pool(config: ScoreConfig) -> ScoreSummary | None:
     return score_in(open_place, config)
 
 
+def _refuse_with_a_sample(config: ScoreConfig) -> None:
+    """What ``--head-share`` does not go with."""
+    if config.head_share is None:
+        return
+    wanted = f"--head-share {config.head_share:g}"
+    if not 0 < config.head_share < 1:
+        raise UserError(f"{wanted}: a share of the scored positions, above 0 and below 1; without it all are read")
+    for asked, fault in (
+        (config.per_token, "--per-token stores every token's statistics, and most tokens have none"),
+        (config.local_steps is not None, "--local-steps takes means over all tokens of a step"),
+        (
+            config.after is not None,
+            "--before and --after are compared on all tokens: a sample errs by more",
+        ),
+        (config.export is not None, f"--export {config.export} has no place for standard errors"),
+    ):
+        if asked:
+            raise UserError(f"{wanted}: {fault}; leave one of the two away")
+
+
 def score_in(open_place: Callable[[ScoreConfig], AbstractContextManager["Place"]], config: ScoreConfig) -> ScoreSummary:
     """``score_pool`` with the student wherever ``open_place`` has it."""
+    _refuse_with_a_sample(config)
     pool = Pool(config.pool, share=None if config.shard is None else Share.parse(config.shard))
     if pool.share is not None and config.export is not None:
         raise UserError(f"--export {config.export}: takes all candidates of a problem; give it to `lark-fast merge`")
@@ -188,6 +211,7 @@ def load_scorer(config: ScoreConfig, *, dtype: str | None = None, **options: Any
         "chat_template": config.chat_template,
         "tokens_per_batch": config.tokens_per_batch,
         "compile": config.compile,
+        "head_share": config.head_share,
     }
     if config.after is None:
         return Scorer(student, **made)
@@ -302,7 +326,7 @@ def _score(
         stream = _say_what_rounding_costs(config, place, feed) if _chose_bfloat16(config, store, facts) else feed
         try:
             with place.runner(config.local_steps, engine.on_piece) as runner:
-                cut = cut_windows(stream, runner.layout, store.unfinished, facts.tokens_per_window)
+                cut = cut_windows(stream, runner.layout, store.unfinished, facts.tokens_per_window, config.head_share)
                 engine.run(cut, runner, interrupts)
         except BaseException:
             with suppress(OSError):  # what ended the run is what is to be told
@@ -436,6 +460,7 @@ def _identity(config: ScoreConfig, place: "Place") -> dict[str, Any]:
         "per_token": config.per_token,
         "local_steps": config.local_steps,
         **asdict(place.options),
+        **({} if config.head_share is None else {"head_share": config.head_share}),
         **({} if config.shard is None else {"shard": config.shard}),
     }
 
@@ -449,6 +474,7 @@ def _row(item: Trajectory, scored: "Scored", per_token: bool) -> dict[str, Any]:
         "line": item.line,
         "ordinal": item.ordinal,
         "n_tokens": scored.n_tokens,
+        "n_head": scored.n_head,
         "n_input_tokens": len(item.input_ids),
         "truncated": item.truncated,
         **scored.means,
@@ -500,6 +526,8 @@ def _finish(
         setattr(summary, name, manifest["counts"].get(name))
     if steps is not None and pool.share is None:
         summary.delta = read_delta(store.directory, steps)
+    if config.head_share is not None:
+        summary.sample = read_head_sample(store.directory, place.facts.cost, manifest["brier"])
     summary.complete = True
     if config.export == "lark-json":
         export_lark_json(store.directory)

@@ -10,6 +10,7 @@ from lark_fast.pool.shares import Share
 from lark_fast.progress import duration
 from lark_fast.scoring.delta import DELTA, Delta
 from lark_fast.scoring.estimate import ESTIMATED, Estimate
+from lark_fast.scoring.head_sample import HEAD_SAMPLE, HeadSample
 from lark_fast.scoring.metrics import Account
 
 SHOWN_REJECTS = 3
@@ -40,6 +41,7 @@ class ScoreSummary:
     dry_run: bool = False  # nothing was written, and ``scored`` counts what could be scored
     estimate: Estimate | None = None  # of a dry run
     delta: Delta | None = None  # of two states of a student
+    sample: HeadSample | None = None  # with --head-share
 
     records = _of_account("records")
     scored = _of_account("scored")
@@ -79,6 +81,8 @@ class ScoreSummary:
             f"{self.scored_tokens:,} of them scored; nothing was written"
         )
         lines = [counted, *(self.estimate.lines() if self.estimate else [])]
+        if self.account.head_tokens < self.scored_tokens:
+            lines.insert(1, f"{self.account.head_tokens:,} of the scored tokens meet the head")
         if self.account.local_tokens:
             lines.insert(1, f"{self.account.local_tokens:,} tokens more pass through the student for local scores")
         if self.kept:
@@ -104,6 +108,8 @@ class ScoreSummary:
             lines.append(f"{self.out}: {self.rows:,} trajectories, share {self.share}; {others}")
         if self.delta is not None:
             lines += self.delta.lines()
+        if self.sample is not None:
+            lines += self.sample.lines()
         if self.not_finite:
             lines.append(f"{self.not_finite:,} trajectories have no g_hat (statistics that are not finite, or nll 0)")
         return lines
@@ -148,13 +154,15 @@ class ScoreSummary:
         seconds, *_seconds, *_tokens, *_share, ...  the rest of ``Account.as_json``
         estimated_*                                 ``Estimate.as_json``, of a dry run
         paired_*                                    ``Delta.as_json``, of two states of a student
+        sample_*                                    ``HeadSample.as_json``, with --head-share
         """
         unknown = {f"estimated_{name}": None for name in ESTIMATED}
         estimated = self.estimate.as_json() if self.estimate else unknown
         delta = self.delta.as_json() if self.delta else {f"paired_{name}": None for name in DELTA}
+        sample = self.sample.as_json() if self.sample else {f"sample_{name}": None for name in HEAD_SAMPLE}
         own = ("truncated", "first_rejects", "rows", "problems", "not_finite")
         run = {"out": self.out, "complete": self.complete, "dry_run": self.dry_run}
         account = self.account.as_json(self.ceiling)
         if self.dry_run:  # its seconds are those of rendering
             account |= dict.fromkeys(OF_PASSES)
-        return run | account | {name: getattr(self, name) for name in own} | estimated | delta
+        return run | account | {name: getattr(self, name) for name in own} | estimated | delta | sample
