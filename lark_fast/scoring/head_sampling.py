@@ -1,19 +1,21 @@
 """Scores from a random part of a trajectory's scored positions, where the head costs more than the body.
 
-The body reads all tokens; of the n scored positions only m meet the head. They are cut along the trajectory into
-H = m / 2 strata, runs whose lengths N_h differ by at most one, and of each two positions are drawn without replacement,
-every pair with the same probability. With w_h = N_h / n, and x_h1, x_h2 the values drawn in stratum h,
+The body reads all tokens; of the n scored positions only m meet the head. They are cut along the trajectory into H
+runs, the strata: N_h positions of which d_h are drawn without replacement, every such set with the same chance. With
+w_h = N_h / n, and bars for means and s_h for the covariance (divisor d_h - 1) of the d_h values drawn,
 
-    mean  = sum_h w_h (x_h1 + x_h2) / 2                                         E[mean] = mean over all n positions
-    cov   = sum_h w_h^2 (1 - 2 / N_h) (x_h1 - x_h2)(y_h1 - y_h2) / 4            E[cov] = Cov(mean of x, mean of y)
+    mean of x  = sum_h w_h xbar_h                                E = mean over all n positions
+    covariance = sum_h w_h^2 (1 - d_h / N_h) s_h(x, y) / d_h     E = Cov(mean of x, mean of y)
 
-since in stratum h the half sum has the stratum's mean as its expectation, (x_h1 - x_h2)(y_h1 - y_h2) / 2 that of the
-stratum's covariance s_h (divisor N_h - 1), two draws of N_h have a mean with covariance (1 - 2 / N_h) s_h / 2 (Cochran,
-Sampling Techniques, 3rd ed., theorems 2.2 and 5.3), and draws of different strata are independent. So both are
-unbiased, whatever the values are. A standard error is the root of such a variance, and a little low in the mean.
+since xbar_h has the stratum's mean as its expectation and s_h the stratum's covariance (divisor N_h - 1), d_h draws of
+N_h have means of covariance (1 - d_h / N_h) s_h / d_h (Cochran, Sampling Techniques, 3rd ed., theorems 2.2 and 5.3),
+and draws of different strata are independent. So both are unbiased, whatever the values are. A standard error is the
+root of such a variance, and a little low in the mean.
 
-Against a simple random sample of m positions the variance is less by about the share of it that lies between strata:
-tokens at a trajectory's start and end differ from those in its middle. What neighbours do not share stays.
+Against a simple random sample of m positions the variance is less by the share of it that lies between strata: tokens
+at a trajectory's start and end differ from those in its middle. The more strata the better, but each needs two draws to
+know its error; and where most positions are drawn, two that are not, or most strata would be read whole and the error
+known from the few others. So H = min(m, n - m) / 2, draws and others dealt out evenly.
 
 Which positions are drawn is decided by the trajectory's token hash alone: the random numbers are the bytes that
 SHAKE-128 makes of it, which are the same in every version of everything. So neither batch, order, device nor resumption
@@ -38,9 +40,8 @@ SEED = b"lark-fast head sampling"
 
 
 def n_drawn(n: int, share: float) -> int:
-    """How many of n scored positions meet the head: the share of them, LEAST at least, an even number; or all."""
-    asked = max(LEAST, math.ceil(share * n))
-    return min(n, asked + asked % 2)
+    """How many of n scored positions meet the head: the share of them, LEAST at least; or all."""
+    return min(n, max(LEAST, math.ceil(share * n)))
 
 
 def sample_rows(n: int, share: float, digest: bytes) -> NDArray[np.int64]:
@@ -52,18 +53,23 @@ def sample_rows(n: int, share: float, digest: bytes) -> NDArray[np.int64]:
         digest: 16 bytes, its token hash.
 
     Returns:
-        ``[n_drawn(n, share)]`` of 0, ..., n - 1, rising: two of each stratum, one stratum behind another.
+        ``[n_drawn(n, share)]`` of 0, ..., n - 1, rising: those of a stratum one behind another.
     """
     m = n_drawn(n, share)
     if m == n:
         return np.arange(n)
-    sizes = _stratum_sizes(n, m)
-    words = np.frombuffer(hashlib.shake_128(SEED + digest).digest(8 * m), dtype="<u8").reshape(-1, 2)
-    first = words[:, 0] % sizes.astype(np.uint64)  # off even chances by N_h / 2^64
-    second = words[:, 1] % (sizes - 1).astype(np.uint64)
-    second += second >= first
-    pairs = np.sort(np.stack([first, second], axis=1).astype(np.int64), axis=1)  # [H, 2]
-    return (pairs + (np.cumsum(sizes) - sizes)[:, None]).reshape(-1)
+    sizes, draws = strata(n, m)
+    chances = np.frombuffer(hashlib.shake_128(SEED + digest).digest(8 * n), dtype="<u8")
+    order = np.lexsort((chances, np.repeat(np.arange(len(sizes)), sizes)))  # each stratum shuffled by itself
+    place = np.arange(n) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.sort(order[place < np.repeat(draws, sizes)])
+
+
+def strata(n: int, m: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How many positions each stratum has, and how many of them are drawn: ``[H]`` each, where m < n are drawn."""
+    steps = np.arange(max(1, min(m, n - m) // 2) + 1)
+    draws, others = (np.diff(steps * number // steps[-1]) for number in (m, n - m))
+    return draws + others, draws
 
 
 def estimate(values: ArrayLike, n: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -82,12 +88,11 @@ def estimate(values: ArrayLike, n: int) -> tuple[NDArray[np.float64], NDArray[np
     if m == n:
         means = values.mean(axis=1) if n else np.full(n_statistics, np.nan)
         return means, np.zeros((n_statistics, n_statistics))
-    sizes = _stratum_sizes(n, m)
-    weights = sizes / n
-    pairs = values.reshape(n_statistics, -1, 2)  # [F, H, 2]
-    means = (pairs.sum(axis=2) / 2) @ weights
-    apart = (pairs[:, :, 0] - pairs[:, :, 1]) * (weights * np.sqrt(1 - 2 / sizes) / 2)
-    return means, apart @ apart.T
+    sizes, draws = strata(n, m)
+    means = np.add.reduceat(values, np.cumsum(draws) - draws, axis=1) / draws  # [F, H]
+    scale = sizes / n * np.sqrt((1 - draws / sizes) / (draws * (draws - 1)))
+    apart = (values - np.repeat(means, draws, axis=1)) * np.repeat(scale, draws)
+    return means @ (sizes / n), apart @ apart.T
 
 
 def draw(labels: ArrayLike, digest: bytes, share: float) -> Targets:
@@ -130,9 +135,3 @@ def sampled_means(tokens: "TokenStats", n: int) -> dict[str, float | None]:
         "brier_topk_se": errors.get("brier_topk"),
         "nll_brier_cov": float(covariance[0, used]),
     }
-
-
-def _stratum_sizes(n: int, m: int) -> NDArray[np.int64]:
-    """``[m / 2]`` positions of each stratum, at least two."""
-    strata = m // 2
-    return np.diff(np.arange(strata + 1) * n // strata)
