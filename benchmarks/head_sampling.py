@@ -1,9 +1,9 @@
-"""``python -m benchmarks.head_sampling --student DIR --pool FILE --out FILE``: what ``score --head-share`` costs and saves.
+"""``python -m benchmarks.head_sampling --student DIR --pool FILE --out FILE``: what ``score --head-share`` costs.
 
-One full pass keeps every token's statistics, and each share is replayed from them: what a run with it would have stored,
-since the sample is of positions and a position's statistics do not depend on which others meet the head. Besides the
-draw that a run makes (its token hashes), others, so that chance is not taken for a result. Of a student of 0.5B shapes
-with 151,936 words FLOP are computed, and a pass through a few of its layers is timed (``--layers 0``: is not).
+One full pass keeps every token's statistics, and each share is replayed from them: what a run with it would have
+stored, since the sample is of positions and a position's statistics do not depend on which others meet the head.
+Besides the draw that a run makes (by its token hashes), others, so that chance is not taken for a result. Of a student
+of 0.5B shapes with 151,936 words FLOP are computed, and a pass through a few of its layers is timed (``--layers``).
 """
 
 import argparse
@@ -86,7 +86,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=4096)
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--budget", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=2, help="of the pass that is timed")
+    parser.add_argument("--layers", type=int, default=2, help="of the pass that is timed; 0: none is")
     return parser.parse_args()
 
 

@@ -81,7 +81,7 @@ class ScoreSummary:
             f"{self.scored_tokens:,} of them scored; nothing was written"
         )
         lines = [counted, *(self.estimate.lines() if self.estimate else [])]
-        if self.account.head_tokens < self.scored_tokens:
+        if 0 < self.account.head_tokens < self.scored_tokens:
             lines.insert(1, f"{self.account.head_tokens:,} of the scored tokens meet the head")
         if self.account.local_tokens:
             lines.insert(1, f"{self.account.local_tokens:,} tokens more pass through the student for local scores")
