@@ -24,7 +24,7 @@ from lark_fast.rendering.renderer import Renderer, RenderOptions
 from lark_fast.scoring.delta import read_delta
 from lark_fast.scoring.export import export_lark_json
 from lark_fast.scoring.feed import Feed, Trajectory, default_workers
-from lark_fast.scoring.head_sample import read_head_sample
+from lark_fast.scoring.head_summary import read_head_summary
 from lark_fast.scoring.metrics import MetricsLog
 from lark_fast.scoring.store import ScoreStore, read_manifest
 from lark_fast.scoring.summary import ScoreSummary
@@ -527,7 +527,7 @@ def _finish(
     if steps is not None and pool.share is None:
         summary.delta = read_delta(store.directory, steps)
     if config.head_share is not None:
-        summary.sample = read_head_sample(store.directory, place.facts.cost, manifest["brier"])
+        summary.sample = read_head_summary(store.directory, place.facts.cost, manifest["brier"])
     summary.complete = True
     if config.export == "lark-json":
         export_lark_json(store.directory)

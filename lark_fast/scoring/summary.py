@@ -10,7 +10,7 @@ from lark_fast.pool.shares import Share
 from lark_fast.progress import duration
 from lark_fast.scoring.delta import DELTA, Delta
 from lark_fast.scoring.estimate import ESTIMATED, Estimate
-from lark_fast.scoring.head_sample import HEAD_SAMPLE, HeadSample
+from lark_fast.scoring.head_summary import HEAD_SUMMARY, HeadSummary
 from lark_fast.scoring.metrics import Account
 
 SHOWN_REJECTS = 3
@@ -41,7 +41,7 @@ class ScoreSummary:
     dry_run: bool = False  # nothing was written, and ``scored`` counts what could be scored
     estimate: Estimate | None = None  # of a dry run
     delta: Delta | None = None  # of two states of a student
-    sample: HeadSample | None = None  # with --head-share
+    sample: HeadSummary | None = None  # with --head-share
 
     records = _of_account("records")
     scored = _of_account("scored")
@@ -154,12 +154,12 @@ class ScoreSummary:
         seconds, *_seconds, *_tokens, *_share, ...  the rest of ``Account.as_json``
         estimated_*                                 ``Estimate.as_json``, of a dry run
         paired_*                                    ``Delta.as_json``, of two states of a student
-        sample_*                                    ``HeadSample.as_json``, with --head-share
+        sample_*                                    ``HeadSummary.as_json``, with --head-share
         """
         unknown = {f"estimated_{name}": None for name in ESTIMATED}
         estimated = self.estimate.as_json() if self.estimate else unknown
         delta = self.delta.as_json() if self.delta else {f"paired_{name}": None for name in DELTA}
-        sample = self.sample.as_json() if self.sample else {f"sample_{name}": None for name in HEAD_SAMPLE}
+        sample = self.sample.as_json() if self.sample else {f"sample_{name}": None for name in HEAD_SUMMARY}
         own = ("truncated", "first_rejects", "rows", "problems", "not_finite")
         run = {"out": self.out, "complete": self.complete, "dry_run": self.dry_run}
         account = self.account.as_json(self.ceiling)

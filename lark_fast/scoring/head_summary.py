@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeadSample:
+class HeadSummary:
     """Over the trajectories of a scores directory; NaN: there is none.
 
     Attributes:
@@ -41,13 +41,13 @@ class HeadSample:
 
     def as_json(self) -> dict[str, Any]:
         """Flat, by name; what is not known is None."""
-        return {f"sample_{name}": json_number(getattr(self, name)) for name in HEAD_SAMPLE}
+        return {f"sample_{name}": json_number(getattr(self, name)) for name in HEAD_SUMMARY}
 
 
-HEAD_SAMPLE = tuple(field.name for field in fields(HeadSample))
+HEAD_SUMMARY = tuple(field.name for field in fields(HeadSummary))
 
 
-def read_head_sample(directory: str | Path, cost: "ForwardCost", brier: str) -> HeadSample:
+def read_head_summary(directory: str | Path, cost: "ForwardCost", brier: str) -> HeadSummary:
     """Sum up the rows of a scores directory, 16 bytes of memory each.
 
     Args:
@@ -70,9 +70,9 @@ def read_head_sample(directory: str | Path, cost: "ForwardCost", brier: str) -> 
         with np.errstate(divide="ignore", invalid="ignore"):
             errors.append((nll_se / nll, score_se / score))
     if not n_tokens:
-        return HeadSample(**dict.fromkeys(HEAD_SAMPLE, math.nan))
+        return HeadSummary(**dict.fromkeys(HEAD_SUMMARY, math.nan))
     nll_error, brier_error = (_median(np.concatenate(column)) for column in zip(*errors, strict=True))
-    return HeadSample(
+    return HeadSummary(
         head_share=n_head / n_tokens, nll_error=nll_error, brier_error=brier_error, flop_saved=1 - flop / full
     )
 
