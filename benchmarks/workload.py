@@ -36,10 +36,9 @@ QWEN_7B = {
 QWEN_VOCABULARY = 151936
 
 
-@torch.no_grad()
-def student(sizes: Mapping[str, Any], vocabulary: int, dtype: torch.dtype) -> PreTrainedModel:
-    """A Llama of these sizes whose logits are about as peaked as a real student's."""
-    config = LlamaConfig(
+def llama_config(sizes: Mapping[str, Any], vocabulary: int) -> LlamaConfig:
+    """Of these sizes."""
+    return LlamaConfig(
         vocab_size=vocabulary,
         max_position_embeddings=32768,
         tie_word_embeddings=sizes["hidden_size"] < 2048,  # as Qwen2.5's are
@@ -48,6 +47,12 @@ def student(sizes: Mapping[str, Any], vocabulary: int, dtype: torch.dtype) -> Pr
         attn_implementation="sdpa",
         **sizes,
     )
+
+
+@torch.no_grad()
+def student(sizes: Mapping[str, Any], vocabulary: int, dtype: torch.dtype) -> PreTrainedModel:
+    """A Llama of these sizes whose logits are about as peaked as a real student's."""
+    config = llama_config(sizes, vocabulary)
     with DEVICE:  # seven billion parameters made elsewhere would take minutes
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     generator = torch.Generator(DEVICE).manual_seed(0)

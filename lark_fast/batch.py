@@ -22,6 +22,7 @@ class Targets(NamedTuple):
 
     rows: NDArray[np.int64]  # [N] positions in the sequence
     words: NDArray[np.int64]  # [N] token ids; positions up to and with rows[n] are what predicts words[n]
+    drawn_from: int | None = None  # how many there are, where these are a sample of them, see ``head_sampling``
 
     @classmethod
     def of(cls, labels: ArrayLike) -> "Targets":

@@ -12,7 +12,7 @@ import pytest
 from lark_fast.racing.outcome import read_race
 from lark_fast.racing.rules import RaceRules
 from lark_fast.scoring.parts import part_files
-from tests.command import EVIDENCE, NO_CEILING, Forks, write_jsonl, write_student
+from tests.command import NO_CEILING, write_jsonl, write_student
 
 WORDS = [
     "sum",
@@ -42,7 +42,7 @@ def make_pool():
             words = HARD if (k + p) % 3 == 0 else WORDS  # candidates that differ
             text = " ".join(rng.choice(words) for _ in range(rng.randint(40, 160)))
             turns = [{"role": "user", "content": f"What is {p}?"}, {"role": "assistant", "content": text}]
-            yield {"problem_id": p, "candidate_id": k, "teacher": f"t{k}", "messages": turns}
+            yield {"problem_id": 100 + p, "candidate_id": k, "teacher": f"t{k}", "messages": turns}
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,8 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    started = Forks(tmp_path_factory.mktemp("prints"), *EVIDENCE, before=NO_CEILING)
-    yield started
-    started.close()
+def forks(forks):
+    return forks.preceded_by(NO_CEILING)
 
 
 def score(place, out, *more, pool="pool.jsonl"):
@@ -129,7 +127,7 @@ def test_what_it_says(place, raced):
     assert out.share_of_races < out.share
     assert told["passed_tokens"] < told["input_tokens"]
     audited = {problem for problem, own in by_problem(raced[0]).items() if own[0]["audited"]}
-    assert audited == {str(p) for p in range(PROBLEMS) if p % 4 and RaceRules(budget=2).audits(str(p))}
+    assert audited == {str(100 + p) for p in range(PROBLEMS) if p % 4 and RaceRules(budget=2).audits(str(100 + p))}
     assert told["race_audited"] == len(audited) > 0
 
 

@@ -103,6 +103,10 @@ def score(
         float | None,
         typer.Option(help="Of stopping one of the best, a problem; audited. 0: hard bounds alone. Default: 0.05."),
     ] = None,
+    head_share: Annotated[
+        float | None,
+        typer.Option(help="Of each trajectory's scored positions, this share alone meets the head, with nll_se, ..."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first N records.")] = None,
     shard: Annotated[
         str | None,
@@ -141,6 +145,7 @@ def score(
         compile=compile,
         race=_race_rules(race, race_risk),
         local_steps=local_steps,
+        head_share=head_share,
         limit=limit,
         shard=shard,
         dry_run=dry_run,

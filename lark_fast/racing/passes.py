@@ -226,7 +226,7 @@ class RacePasses:
             means = {name: None if column is None else column[k] for name, column in columns.items()}
             if lengths[k] < heat.race.lengths[k]:
                 means |= {"nll": float(outcome.nll[k]), used: float(outcome.brier[k])}
-            one = Scored(means, int(heat.race.lengths[k]), own)
+            one = Scored(means, int(heat.race.lengths[k]), lengths[k], own)
             results.append(_with(one, int(outcome.known[k]), bool(outcome.winner[k]), heat.audited))
         return results
 

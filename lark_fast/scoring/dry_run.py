@@ -13,6 +13,7 @@ from lark_fast.pool.keys import KeyTable
 from lark_fast.pool.reading import Pool
 from lark_fast.progress import track
 from lark_fast.scoring.feed import Trajectory
+from lark_fast.scoring.head_sampling import n_drawn
 from lark_fast.scoring.parts import scored_keys
 from lark_fast.scoring.summary import ScoreSummary
 
@@ -50,7 +51,9 @@ def dry_run(config: "ScoreConfig", pool: Pool) -> ScoreSummary:
     with track("rendering", pool.total_bytes) as progress:
         for item in feed:
             lengths.append(len(item.input_ids))
-            account.scored_tokens += int(np.count_nonzero(item.labels >= 0))
+            n_scored = int(np.count_nonzero(item.labels >= 0))
+            account.scored_tokens += n_scored
+            account.head_tokens += _n_head(n_scored, config.head_share)
             if config.local_steps is not None:
                 pieces = local_pieces(item.labels, item.step_starts, config.local_steps)
                 own = [piece.n_tokens for piece in pieces]
@@ -67,7 +70,7 @@ def dry_run(config: "ScoreConfig", pool: Pool) -> ScoreSummary:
     summary.estimate = estimate(
         cost,
         np.asarray(lengths),
-        account.scored_tokens,
+        account.head_tokens,
         side_by_side * _speed(scorer, cost, sample, summary.ceiling),
         footprint=scorer.footprint,
         tokens_per_batch=scorer.tokens_per_batch,
@@ -88,11 +91,16 @@ def _known(config: "ScoreConfig") -> KeyTable:
     return known
 
 
+def _n_head(n_scored: int, share: float | None) -> int:
+    return n_scored if share is None else n_drawn(n_scored, share)
+
+
 def _speed(scorer: "Scorer", cost: "ForwardCost", sample: list[Trajectory], ceiling: float) -> float:
     """FLOP/s of forward passes over the sample's first trajectories; NaN where there are none."""
     flop, chosen = 0.0, []
     for item in sample:
-        own = cost.flop([len(item.input_ids)], int(np.count_nonzero(item.labels >= 0)))
+        n_head = _n_head(int(np.count_nonzero(item.labels >= 0)), scorer.head_share)
+        own = cost.flop([len(item.input_ids)], n_head)
         if chosen and flop + own > SAMPLE_SECONDS * ceiling:
             break
         chosen.append(item)

@@ -24,6 +24,7 @@ from lark_fast.interrupts import Interrupts
 from lark_fast.packing import windows
 from lark_fast.scoring.feed import Trajectory, changed_text
 from lark_fast.scoring.forward import Failed, Scored, Until, Work
+from lark_fast.scoring.head_sampling import draw
 from lark_fast.scoring.layout import Layout
 from lark_fast.scoring.metrics import Account
 from lark_fast.scoring.prefetch import Prefetched, prefetch
@@ -93,7 +94,11 @@ class Window:
 
 
 def cut_windows(
-    feed: Iterable[Trajectory], layout: Layout, unfinished: Mapping[Key, bytes], tokens_per_window: int
+    feed: Iterable[Trajectory],
+    layout: Layout,
+    unfinished: Mapping[Key, bytes],
+    tokens_per_window: int,
+    head_share: float | None = None,
 ) -> Iterator[Window]:
     """Windows of the feed, laid out for the device.
 
@@ -102,6 +107,7 @@ def cut_windows(
         layout: how passes are put together.
         unfinished: content_hash of those that are scored, in a window that was not closed.
         tokens_per_window: see ``lark_fast.packing.windows``.
+        head_share: see ``head_sampling``; None: all scored positions meet the head.
 
     Raises:
         UserError: one of the unfinished has another text now.
@@ -121,7 +127,8 @@ def cut_windows(
                 left = [item for item in (first, *others) if item.key not in unfinished]
                 if left:
                     units.append(Unit(number, left, first.step_starts))
-                    chosen.append((first.input_ids, first.labels))
+                    asked = first.labels if head_share is None else draw(first.labels, first.token_hash, head_share)
+                    chosen.append((first.input_ids, asked))
             if units:
                 batches.append(layout.prepare(units, chosen))
         keys = [item.key for item in trajectories]
@@ -269,9 +276,10 @@ class Engine:
             account.scored += len(unit.trajectories)
             account.input_tokens += len(unit.trajectories) * length
             account.scored_tokens += len(unit.trajectories) * one.n_tokens
+            account.head_tokens += len(unit.trajectories) * one.n_head
         if batch.members[0].race is None:
             account.passed_tokens += batch.n_tokens
-            account.forward_flop += self.cost.flop(batch.lengths, sum(one.n_tokens for one in scored))
+            account.forward_flop += self.cost.flop(batch.lengths, sum(one.n_head for one in scored))
 
     def _count_work(self) -> None:
         account, work = self.account, self._runner.work

@@ -1,4 +1,5 @@
-"""The last step of a scores directory: rho and g_hat for every row, without holding the rows in memory.
+"""The last step of a scores directory: rho and g_hat for every row, without holding the rows in memory; of estimates
+(``head_sampling``) the standard errors of g_hat too.
 
 A problem's candidates may lie in any parts. Problems are hashed into groups that fit in memory, one pass over the parts
 a group, and g_hat waits in a file on disk until the parts are rewritten: only those whose rows changed.
@@ -14,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lark_fast.scoring.learnability import g_hat, measured_rate, rho
-from lark_fast.scoring.parts import STATISTICS, number_of_rows, part_files, reading, schema_of, write_part
+from lark_fast.scoring.learnability import g_hat, g_hat_se, measured_rate, rho
+from lark_fast.scoring.parts import STATISTICS, is_sampled, number_of_rows, part_files, reading, schema_of, write_part
 
 GROUP_ROWS = 1_000_000  # rows whose problems are grouped in memory at a time
 
@@ -42,24 +43,30 @@ def add_learnability(directory: Path, identity: dict[str, Any], steps: int | Non
         return {"rows": 0, "problems": 0, "not_finite": 0}
     groups = 1 + total // GROUP_ROWS
     score = "brier" if identity["top_k"] is None else "brier_topk"
+    made = ["g_hat", "g_hat_se"] if is_sampled(identity) else ["g_hat"]
+    numbers = ["nll", score, *(["nll_se", f"{score}_se", "nll_brier_cov"] if is_sampled(identity) else [])]
     problems = 0
     origin: dict[int, int] = {}  # row -> the first row of its problem with the same tokens
     with tempfile.TemporaryFile(dir=directory) as scratch:
         # A full disk is an error here; behind a mapping of a file with holes it would be the end of the process.
-        scratch.truncate(8 * total)
+        size = 8 * len(made) * total
+        scratch.truncate(size)
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(scratch.fileno(), 0, 8 * total)
-        values = np.memmap(scratch, dtype=np.float64, mode="r+", shape=(total,))
+            os.posix_fallocate(scratch.fileno(), 0, size)
+        values = np.memmap(scratch, dtype=np.float64, mode="r+", shape=(len(made), total))
         for group in range(groups):
-            rows, problem, tokens, nll, brier = _read_group(parts, sizes, score, group, groups)
+            rows, problem, tokens, *columns = _read_group(parts, sizes, numbers, group, groups)
             problems += len(np.unique(problem))
             first = first_with_same_tokens(problem, tokens)
-            values[rows] = g_hat(nll[first], brier[first], problem)
+            nll, brier, *errors = (column[first] for column in columns)
+            values[0, rows] = g_hat(nll, brier, problem)
+            if errors:
+                values[1, rows] = g_hat_se(nll, brier, problem, *errors, origin=first)
             moved = np.flatnonzero(first != np.arange(len(first)))
             origin.update(zip(rows[moved].tolist(), rows[first[moved]].tolist(), strict=True))
         final = schema_of(identity, final=True)
-        _rewrite(parts, sizes, score, final, values, origin, steps)
-        not_finite = int(np.count_nonzero(np.isnan(values)))
+        _rewrite(parts, sizes, score, final, dict(zip(made, values, strict=True)), origin, steps)
+        not_finite = int(np.count_nonzero(np.isnan(values[0])))
     return {"rows": total, "problems": problems, "not_finite": not_finite}
 
 
@@ -68,9 +75,11 @@ def _read(part: Path, columns: list[str] | None = None) -> pa.Table:
         return pq.read_table(part, columns=columns)
 
 
-def _read_group(parts: list[Path], sizes: list[int], score: str, group: int, groups: int) -> tuple[np.ndarray, ...]:
-    """Row numbers, problem codes, token-hash codes, nll and the Brier score used, of one group's rows."""
-    names = ["problem_id", "token_hash", "nll", score]
+def _read_group(
+    parts: list[Path], sizes: list[int], columns: list[str], group: int, groups: int
+) -> tuple[np.ndarray, ...]:
+    """Row numbers, problem codes, token-hash codes and these columns of one group's rows."""
+    names = ["problem_id", "token_hash", *columns]
     rows, tables, start = [], [], 0
     for part, size in zip(parts, sizes, strict=True):
         table = _read(part, names)
@@ -94,7 +103,7 @@ def _rewrite(
     sizes: list[int],
     score: str,
     final: pa.Schema,
-    values: np.ndarray,
+    values: dict[str, np.ndarray],
     origin: dict[int, int],
     steps: int | None,
 ) -> None:
@@ -114,7 +123,7 @@ def _rewrite(
             else:
                 numbers[row] = tuple(columns[name][row - start] for name in shared)
         columns["rho"] = rho(columns["nll"], columns[score])
-        columns["g_hat"] = values[start : start + size]
+        columns |= {name: column[start : start + size] for name, column in values.items()}
         if "rho_measured" in final.names:
             columns["rho_measured"] = measured_rate(columns["nll"], columns["nll_after"], steps)
         if not _holds(table, columns, final):

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lark_fast.batch import Batch, Inputs
+from lark_fast.batch import Batch, Inputs, Targets
 from lark_fast.errors import UserError
 from lark_fast.kernels.token_stats import STATISTICS, TokenStats
 from lark_fast.kernels.trajectory_reduce import TrajectoryReduction, trajectory_reduce
+from lark_fast.scoring.head_sampling import sampled_means
 from lark_fast.scoring.layout import Layout
 from lark_fast.student import Student
 from lark_fast.talk import lost_ranks
@@ -28,6 +29,7 @@ class Scored(NamedTuple):
 
     means: dict[str, float | None]  # over its scored tokens, by the names of ``TrajectoryStats``
     n_tokens: int  # scored
+    n_head: int  # of these, those that met the head: all, or a sample, see ``head_sampling``
     tokens: TokenStats | None  # their statistics, on the CPU; None where another process has scored and nobody asked
     nll_after: Tensor | None = None  # theirs under a later state of the student, as ``tokens``; see ``paired``
 
@@ -263,15 +265,17 @@ class _Pending:
         """One a sequence, in order; waits for the device."""
         self._clock.wait()
         numbers = {name: None if column is None else column.tolist() for name, column in self._columns.items()}
-        return [
-            Scored(
-                {name: None if column is None else column[row] for name, column in numbers.items()},
-                end - start,
-                self._stats.map(lambda values, a=start, b=end: values[a:b]),
-                None if self._nll_after is None else self._nll_after[start:end],
-            )
-            for row, (start, end) in enumerate(itertools.pairwise(self._ends.tolist()))
-        ]
+        scored = []
+        for row, (start, end) in enumerate(itertools.pairwise(self._ends.tolist())):
+            means = {name: None if column is None else column[row] for name, column in numbers.items()}
+            tokens = self._stats.map(lambda values, a=start, b=end: values[a:b])
+            asked, n_tokens = self.batch.sequences[row][1], end - start
+            if isinstance(asked, Targets) and asked.drawn_from is not None:
+                n_tokens = asked.drawn_from
+                means |= sampled_means(tokens, n_tokens)
+            after = None if self._nll_after is None else self._nll_after[start:end]
+            scored.append(Scored(means, n_tokens, end - start, tokens, after))
+        return scored
 
     def seconds(self) -> float:
         """The device's time, once ``result`` has been there."""

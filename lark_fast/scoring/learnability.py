@@ -71,6 +71,56 @@ def g_hat(nll: ArrayLike, brier: ArrayLike, problem: ArrayLike) -> NDArray[np.fl
     return np.where(usable, nll / total * (2.0 * own_rho - rho_nll / total), np.nan)
 
 
+def g_hat_se(
+    nll: ArrayLike,
+    brier: ArrayLike,
+    problem: ArrayLike,
+    nll_se: ArrayLike,
+    brier_se: ArrayLike,
+    nll_brier_cov: ArrayLike,
+    *,
+    origin: ArrayLike | None = None,
+) -> NDArray[np.float64]:
+    """Standard error of each g_hat whose nll and Brier scores are estimates (``head_sampling``), to first order.
+
+    With S = sum_i nll_i and B = sum_i brier_i (as rho_i nll_i = brier_i), g_hat_k = 2 brier_k / S - nll_k B / S^2, so
+
+        d g_hat_k / d nll_i   = 2 (nll_k B / S - brier_k) / S^2 - [i = k] B / S^2
+        d g_hat_k / d brier_i = -nll_k / S^2                    + [i = k] 2 / S
+
+    and its variance is that of the sum of these times the errors. Errors of different trajectories are independent,
+    those of one trajectory's two scores are not, and those of trajectories with the same tokens are the same. It is of
+    one g_hat by itself: two of a problem share the errors of S and B, so their difference may be surer than both.
+
+    Args:
+        nll, brier, problem: see ``g_hat``.
+        nll_se, brier_se: ``[N]`` standard errors.
+        nll_brier_cov: ``[N]`` covariances of the two errors.
+        origin: ``[N]`` for each trajectory, the number of the first one of its problem with the same tokens. None: no
+            two are alike.
+
+    Returns:
+        ``[N]`` float64; NaN where g_hat is.
+    """
+    members = np.unique(np.asarray(problem), return_inverse=True)[1]
+    usable = np.isfinite(g_hat(nll, brier, problem))
+    columns = (nll, brier, nll_se, brier_se, nll_brier_cov)
+    nll, brier, nll_se, brier_se, both = (np.where(usable, np.asarray(x, np.float64), 0.0) for x in columns)
+    S, B = _sum_by(members, nll), _sum_by(members, brier)
+    S = np.where(usable, S, 1.0)
+    copies = np.ones(len(S)) if origin is None else _sum_by(np.asarray(origin), np.ones(len(S)))
+    of_nll, of_brier = 2 * (nll * B / S - brier) / S**2, -nll / S**2  # by the scores of any trajectory
+
+    def variance(by_nll: NDArray[np.float64], by_brier: NDArray[np.float64]) -> NDArray[np.float64]:
+        return (by_nll * nll_se) ** 2 + (by_brier * brier_se) ** 2 + 2 * by_nll * by_brier * both
+
+    # Of c trajectories with the same tokens each adds its derivative to the one error that they have.
+    sums = [_sum_by(members, copies * part) for part in (nll_se**2, brier_se**2, both)]
+    of_all = of_nll**2 * sums[0] + of_brier**2 * sums[1] + 2 * of_nll * of_brier * sums[2]
+    own = variance(copies * of_nll - B / S**2, copies * of_brier + 2 / S) - variance(copies * of_nll, copies * of_brier)
+    return np.where(usable, np.sqrt(np.maximum(of_all + own, 0.0)), np.nan)
+
+
 def measured_rate(nll_before: ArrayLike, nll_after: ArrayLike, steps: int) -> NDArray[np.float64]:
     """rho_measured = -log(nll_after / nll_before) / steps: how fast a trajectory was learnt, which rho stands in for.
 

@@ -29,7 +29,16 @@ from lark_fast.pool.faults import duplicate
 from lark_fast.pool.shares import Share
 from lark_fast.progress import track
 from lark_fast.scoring.export import export_lark_json
-from lark_fast.scoring.parts import number_of_rows, part_files, part_number, part_path, reading, schema_of, write_part
+from lark_fast.scoring.parts import (
+    is_sampled,
+    number_of_rows,
+    part_files,
+    part_number,
+    part_path,
+    reading,
+    schema_of,
+    write_part,
+)
 from lark_fast.scoring.store import LARK_JSON, ScoreStore, read_manifest
 
 BUILDING = ".merging"
@@ -95,6 +104,10 @@ def merge(config: MergeConfig) -> MergeSummary:
             cannot be written to; a file cannot be read.
     """
     shards = read_shards(config.shards)
+    if config.export is not None and is_sampled(shards[0].manifest["identity"]):
+        raise UserError(
+            f"--export {config.export}: has no place for standard errors, which --head-share makes; leave it"
+        )
     out, building, of = Path(config.out), Path(config.out, BUILDING), _hash(shards)
     for shard in shards:
         if out.resolve().is_relative_to(shard.directory.resolve()):

@@ -22,8 +22,9 @@ class Account:
     kept: int = 0  # scored by an earlier run
     rejected: int = 0
     input_tokens: int = 0  # of the trajectories scored in this run
-    scored_tokens: int = 0  # of these, those that have statistics
     passed_tokens: int = 0  # that went through the model for them; a race spares some, see ``lark_fast.racing``
+    scored_tokens: int = 0  # of these, those that are scored
+    head_tokens: int = 0  # of these, those that met the head: all, but with --head-share
     local_tokens: int = 0  # that went through the model once more, as context or step of a local score
     padded_tokens: int = 0  # that went through the model beside them; 0 when packed
     forward_flop: float = 0.0  # see ``lark_fast.flop``

@@ -56,9 +56,12 @@ class PairedScorer(Scorer):
 
     Raises:
         UserError: they do not read the same tokens.
+        ValueError: with ``head_share``: what a few steps change is less than a sample's error.
     """
 
     def __init__(self, before: Student, after: Student, **how: Any) -> None:
+        if how.get("head_share") is not None:
+            raise ValueError("head_share: two states of a student are compared token by token, on all of them")
         _refuse_unlike(before, after)
         super().__init__(before, **how)
         self.after = after

@@ -14,9 +14,11 @@ from lark_fast.files import atomic_path
 
 LOCAL = ("local_nll", "local_step_nll")  # see ``local``
 PAIRED = ("nll_after", "loss_delta")  # see ``paired``
-STATISTICS = ("nll", "brier", "brier_topk", "entropy", "rank_mean", "rsr", *LOCAL, *PAIRED)
 # Of a race: scored tokens that were, or in an audit would have been, scored; whether it won, null where nobody raced.
 RACED = [("n_raced", pa.int32()), ("winner", pa.bool_()), ("audited", pa.bool_())]
+SAMPLED = ("nll_se", "brier_se", "brier_topk_se", "nll_brier_cov")  # see ``head_sampling``
+STATISTICS = ("nll", "brier", "brier_topk", "entropy", "rank_mean", "rsr", *LOCAL, *PAIRED, *SAMPLED)
+OF_TOP_K = ("brier_topk", "brier_topk_se")
 PER_TOKEN = {
     "token_nll": pa.float32(),
     "token_brier": pa.float32(),
@@ -33,15 +35,17 @@ def schema(
     per_token: bool = False,
     local: bool = False,
     paired: bool = False,
+    sampled: bool = False,
     share: bool = False,
     race: bool = False,
     final: bool = False,
 ) -> pa.Schema:
     """Columns of a part, raw or final. Those of a share of a pool know their places in the pool, see ``merging``."""
-    left_out = {*(() if local else LOCAL), *(() if paired else PAIRED), *(("brier_topk",) if top_k is None else ())}
+    groups = ((local, LOCAL), (paired, PAIRED), (sampled, SAMPLED), (top_k is not None, OF_TOP_K))
+    left_out = {name for asked, names in groups if not asked for name in names}
     statistics = [name for name in STATISTICS if name not in left_out]
     tokens = [name for name in PER_TOKEN if per_token and name.removeprefix("token_") not in left_out]
-    derived = ["rho", "g_hat", *(["rho_measured"] if paired else [])] if final else []
+    derived = ["rho", "g_hat", *(["g_hat_se"] if sampled else []), *(["rho_measured"] if paired else [])]
     return pa.schema(
         [
             ("problem_id", pa.string()),
@@ -53,7 +57,8 @@ def schema(
             ("n_input_tokens", pa.int32()),
             ("truncated", pa.bool_()),
             *(RACED if race else []),
-            *[(name, pa.float64()) for name in (*statistics, *derived)],
+            *([("n_head", pa.int32())] if sampled else []),
+            *[(name, pa.float64()) for name in (*statistics, *(derived if final else ()))],
             ("content_hash", pa.binary(16)),
             ("token_hash", pa.binary(16)),
             *[(name, pa.list_(PER_TOKEN[name])) for name in tokens],
@@ -69,10 +74,16 @@ def schema_of(identity: dict[str, Any], *, final: bool = False) -> pa.Schema:
         # Stores begun before there were any do not say.
         local=identity.get("local_steps") is not None,
         paired=identity.get("after") is not None,
+        sampled=is_sampled(identity),
         share=identity.get("shard") is not None,
         race=identity.get("race") is not None,
         final=final,
     )
+
+
+def is_sampled(identity: dict[str, Any]) -> bool:
+    """Whether the scores of a store with this identity are estimates, see ``head_sampling``."""
+    return identity.get("head_share") is not None
 
 
 def part_files(directory: str | Path) -> list[Path]:

@@ -322,7 +322,8 @@ class Pipeline:
             members = [number for number in (numbers[place] for place in group) if self._start_twins(number)]
             if members:
                 first = [self._under_way[number][0] for number in members]
-                yield self._passes.layout.prepare(members, [(ready.input_ids, ready.labels) for ready in first])
+                asked = [(ready.input_ids, self._scorer.asked(ready.labels, ready.digest)) for ready in first]
+                yield self._passes.layout.prepare(members, asked)
 
     def _start_twins(self, number: int) -> bool:
         started = [ready for ready in self._under_way.pop(number) if self._start(ready.entry)]

@@ -63,7 +63,7 @@ def rounding_cost(
         )
     except (UserError, MemoryError):
         return None
-    exact = Scorer(loaded)
+    exact = Scorer(loaded, head_share=scorer.head_share)
     rows = np.array(
         [[(one.nll, one.brier) for one in each.score_rendered(sample)] for each in (scorer, exact)]
     )  # [2, N, 2]

@@ -26,6 +26,7 @@ from lark_fast.rendering.renderer import Renderer, RenderOptions
 from lark_fast.scoring.delta import read_delta
 from lark_fast.scoring.export import export_lark_json
 from lark_fast.scoring.feed import Feed, Trajectory, default_workers
+from lark_fast.scoring.head_summary import read_head_summary
 from lark_fast.scoring.metrics import MetricsLog
 from lark_fast.scoring.store import ScoreStore, read_manifest
 from lark_fast.scoring.summary import ScoreSummary
@@ -63,6 +64,7 @@ class ScoreConfig:
     compile: bool = False
     race: RaceRules | None = None  # candidates that cannot win stop early, see ``lark_fast.racing``; None: none do
     local_steps: int | None = None  # preceding steps that are context of local scores; None: none are made
+    head_share: float | None = None  # of the scored positions that meet the head, see ``head_sampling``; None: all
     limit: int | None = None
     shard: str | None = None  # "3/8": that share of the pool, see ``pool.shares``; None: all of it
     dry_run: bool = False
@@ -93,10 +95,31 @@ def score_pool(config: ScoreConfig) -> ScoreSummary | None:
     return score_in(open_place, config)
 
 
+def _refuse_with_a_sample(config: ScoreConfig) -> None:
+    """What ``--head-share`` does not go with."""
+    if config.head_share is None:
+        return
+    wanted = f"--head-share {config.head_share:g}"
+    if not 0 < config.head_share < 1:
+        raise UserError(f"{wanted}: a share of the scored positions, above 0 and below 1; without it all are read")
+    for asked, fault in (
+        (config.per_token, "--per-token stores every token's statistics, and most tokens have none"),
+        (config.local_steps is not None, "--local-steps takes means over all tokens of a step"),
+        (
+            config.after is not None,
+            "--before and --after are compared on all tokens: a sample errs by more",
+        ),
+        (config.export is not None, f"--export {config.export} has no place for standard errors"),
+    ):
+        if asked:
+            raise UserError(f"{wanted}: {fault}; leave one of the two away")
+
+
 def score_in(open_place: Callable[[ScoreConfig], AbstractContextManager["Place"]], config: ScoreConfig) -> ScoreSummary:
     """``score_pool`` with the student wherever ``open_place`` has it."""
     if config.race is not None:
         refuse_beside_race(config)
+    _refuse_with_a_sample(config)
     pool = Pool(config.pool, share=None if config.shard is None else Share.parse(config.shard))
     if config.ray_address is not None and config.engine != "ray":
         raise UserError("--ray-address: goes with --engine ray")
@@ -137,6 +160,7 @@ def refuse_beside_race(config: ScoreConfig) -> None:
         "--engine ray": config.engine == "ray",
         "--shard": config.shard is not None,
         "--export": config.export is not None,
+        "--head-share": config.head_share is not None,
         "torchrun": "TORCHELASTIC_RUN_ID" in os.environ,
     }
     for name, asked in apart.items():
@@ -214,6 +238,7 @@ def load_scorer(config: ScoreConfig, *, dtype: str | None = None, **options: Any
         "chat_template": config.chat_template,
         "tokens_per_batch": config.tokens_per_batch,
         "compile": config.compile,
+        "head_share": config.head_share,
     }
     if config.after is None:
         return Scorer(student, **made)
@@ -334,7 +359,7 @@ def _score(
             with place.runner(config.local_steps, engine.on_piece) as runner:
                 how = (stream, runner.layout, store.unfinished, facts.tokens_per_window)
                 if config.race is None:
-                    engine.run(cut_windows(*how), runner, interrupts)
+                    engine.run(cut_windows(*how, config.head_share), runner, interrupts)
                 else:
                     cut = cut_race_windows(*how, config.race, begun)
                     engine.run(cut, RacePasses(runner, config.race, engine.on_race), interrupts)
@@ -468,6 +493,7 @@ def _identity(config: ScoreConfig, place: "Place") -> dict[str, Any]:
         "per_token": config.per_token,
         "local_steps": config.local_steps,
         **asdict(place.options),
+        **({} if config.head_share is None else {"head_share": config.head_share}),
         **({} if config.shard is None else {"shard": config.shard}),
         **({} if config.race is None else {"race": config.race.as_json()}),
     }
@@ -482,6 +508,7 @@ def _row(item: Trajectory, scored: "Scored", per_token: bool) -> dict[str, Any]:
         "line": item.line,
         "ordinal": item.ordinal,
         "n_tokens": scored.n_tokens,
+        "n_head": scored.n_head,
         "n_input_tokens": len(item.input_ids),
         "truncated": item.truncated,
         **scored.means,
@@ -535,6 +562,8 @@ def _finish(
         summary.race = read_race(store.directory, config.race)
     if steps is not None and pool.share is None:
         summary.delta = read_delta(store.directory, steps)
+    if config.head_share is not None:
+        summary.sample = read_head_summary(store.directory, place.facts.cost, manifest["brier"])
     summary.complete = True
     if config.export == "lark-json":
         export_lark_json(store.directory)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from lark_fast.batch import Sequences
+from lark_fast.batch import Sequences, Targets
 from lark_fast.errors import RejectError
 from lark_fast.flop import ForwardCost
 from lark_fast.kernels.token_stats import IGNORE_INDEX, STATISTICS, TokenStats
@@ -20,6 +20,7 @@ from lark_fast.rendering.renderer import Rendered, Renderer, RenderOptions
 from lark_fast.scoring.estimate import Footprint
 from lark_fast.scoring.feed import token_hash
 from lark_fast.scoring.forward import Passes, Scored
+from lark_fast.scoring.head_sampling import draw
 from lark_fast.scoring.learnability import rho
 from lark_fast.scoring.local import LocalPasses, step_starts
 from lark_fast.student import Student, load_student
@@ -45,8 +46,13 @@ class TrajectoryStats:
     entropy: float  # nats
     rank_mean: float  # ranks beyond 100 count as 100, here and in rsr
     rsr: float
-    tokens: TokenStats  # of the scored positions, in order, on the CPU
+    tokens: TokenStats  # of the scored positions (with ``head_share``, of those that were drawn), in order, on the CPU
     token_hash: bytes  # 16 bytes; equal for equal token ids and scored positions
+    n_head: int  # of n_tokens, those that met the head
+    nll_se: float | None = None  # standard errors, see ``lark_fast.scoring.head_sampling``; None without head_share
+    brier_se: float | None = None
+    brier_topk_se: float | None = None
+    nll_brier_cov: float | None = None  # of the two means' errors; the Brier score is the one that rho is made of
     local_nll: float | None = None  # nats, see ``lark_fast.scoring.local``; None where nobody asked
     local_step_nll: float | None = None
     nll_after: float | None = None  # nats, see ``lark_fast.scoring.paired``; None of a single student
@@ -68,7 +74,8 @@ class TrajectoryScore:
     """The score of one record. ``g_hat`` needs all candidates of a problem: see ``lark_fast.g_hat``.
 
     Means are over the scored tokens; in ``rank_mean`` and ``rsr``, ranks beyond 100 count as 100. ``local_nll`` and
-    ``local_step_nll`` are None unless ``local_steps`` was given.
+    ``local_step_nll`` are None unless ``local_steps`` was given. With ``head_share`` means are estimates from
+    ``n_head`` of the tokens, and the last four fields say how sure they are (``head_sampling``); else these are None.
     """
 
     problem_id: int | str
@@ -86,6 +93,11 @@ class TrajectoryScore:
     rho: float
     local_nll: float | None = None
     local_step_nll: float | None = None
+    n_head: int | None = None
+    nll_se: float | None = None
+    brier_se: float | None = None
+    brier_topk_se: float | None = None
+    nll_brier_cov: float | None = None
 
 
 class Scorer:
@@ -102,9 +114,11 @@ class Scorer:
             point where more brings nothing.
         impl: the form of the head, as in ``token_stats``: all agree to 1e-5 of a score.
         compile: compile the model's layers (``torch.compile``): half a minute for once, then faster passes.
+        head_share: the head reads only so many of a trajectory's scored positions, 32 at least; see
+            ``lark_fast.scoring.head_sampling``. None: all of them. ``score_tokens`` always reads all.
 
     Raises:
-        ValueError: the model has no head that this package understands.
+        ValueError: the model has no head that this package understands; ``head_share`` is not between 0 and 1.
     """
 
     def __init__(
@@ -118,9 +132,12 @@ class Scorer:
         tokens_per_batch: int | None = None,
         impl: str = "auto",
         compile: bool = False,
+        head_share: float | None = None,
     ) -> None:
+        if head_share is not None and not 0 < head_share < 1:
+            raise ValueError(f"head_share is above 0 and below 1, not {head_share}; None is all positions")
         self.student = model if isinstance(model, Student) else Student(model, tokenizer)
-        self.top_k, self.impl, self.compile = top_k, impl, compile
+        self.top_k, self.impl, self.compile, self.head_share = top_k, impl, compile, head_share
         self.options = options or RenderOptions()
         self.tokens_per_batch = tokens_per_batch or _fitting_tokens(self.student)
         if self.student.ranks is not None:
@@ -195,10 +212,13 @@ class Scorer:
                 (LALP, arXiv 2510.03988; see ``lark_fast.scoring.local``), which takes forward passes of its own.
 
         Raises:
-            ValueError: a record cannot be scored; the message gives its index and the reason. ``local_steps`` below 1.
+            ValueError: a record cannot be scored; the message gives its index and the reason. ``local_steps`` below 1,
+                or beside ``head_share``.
         """
         if local_steps is not None and local_steps < 1:
             raise ValueError(f"local_steps is at least 1, not {local_steps}")
+        if local_steps is not None and self.head_share is not None:
+            raise ValueError("local scores are means over all tokens: local_steps does not go with head_share")
         if self.renderer is None:
             raise ValueError("this Scorer has no tokenizer: score_tokens takes token ids")
         known, rendered = [], []
@@ -251,7 +271,7 @@ class Scorer:
         hashes = [token_hash(item.input_ids, item.labels) for item in rendered]
         first = {digest: index for index, digest in reversed(list(enumerate(hashes)))}
         unique = sorted(first.values())
-        sequences = [(rendered[index].input_ids, rendered[index].labels) for index in unique]
+        sequences = [(rendered[index].input_ids, self.asked(rendered[index].labels, hashes[index])) for index in unique]
         local = None
         if local_steps is not None:
             local = local_steps, [step_starts(rendered[index], self.renderer) for index in unique]
@@ -260,6 +280,10 @@ class Scorer:
             trajectory_stats(scored[first[digest]], len(item.input_ids), item.truncated, digest)
             for digest, item in zip(hashes, rendered, strict=True)
         ]
+
+    def asked(self, labels: ArrayLike, digest: bytes) -> ArrayLike | Targets:
+        """What a pass is asked about a trajectory with these labels and this token hash."""
+        return labels if self.head_share is None else draw(labels, digest, self.head_share)
 
     def _score(
         self,
@@ -333,6 +357,7 @@ def trajectory_stats(scored: Scored, n_input_tokens: int, truncated: bool, diges
         truncated=truncated,
         tokens=scored.tokens,
         token_hash=digest,
+        n_head=scored.n_head,
         **scored.means,
     )
 
@@ -342,6 +367,7 @@ def named_score(record: Record, stats: TrajectoryStats) -> TrajectoryScore:
     shared = (
         *("n_tokens", "n_input_tokens", "truncated"),
         *("nll", "brier", "brier_topk", "entropy", "rank_mean", "rsr", "local_nll", "local_step_nll"),
+        *("n_head", "nll_se", "brier_se", "brier_topk_se", "nll_brier_cov"),
     )
     return TrajectoryScore(
         problem_id=record.problem_id,

@@ -11,6 +11,7 @@ from lark_fast.progress import duration
 from lark_fast.racing.outcome import RACE, RaceOutcome
 from lark_fast.scoring.delta import DELTA, Delta
 from lark_fast.scoring.estimate import ESTIMATED, Estimate
+from lark_fast.scoring.head_summary import HEAD_SUMMARY, HeadSummary
 from lark_fast.scoring.metrics import Account
 
 SHOWN_REJECTS = 3
@@ -42,6 +43,7 @@ class ScoreSummary:
     estimate: Estimate | None = None  # of a dry run
     delta: Delta | None = None  # of two states of a student
     race: RaceOutcome | None = None
+    sample: HeadSummary | None = None  # with --head-share
 
     records = _of_account("records")
     scored = _of_account("scored")
@@ -81,6 +83,8 @@ class ScoreSummary:
             f"{self.scored_tokens:,} of them scored; nothing was written"
         )
         lines = [counted, *(self.estimate.lines() if self.estimate else [])]
+        if 0 < self.account.head_tokens < self.scored_tokens:
+            lines.insert(1, f"{self.account.head_tokens:,} of the scored tokens meet the head")
         if self.account.local_tokens:
             lines.insert(1, f"{self.account.local_tokens:,} tokens more pass through the student for local scores")
         if self.kept:
@@ -108,6 +112,8 @@ class ScoreSummary:
             lines += self.delta.lines()
         if self.race is not None:
             lines += self.race.lines()
+        if self.sample is not None:
+            lines += self.sample.lines()
         if self.not_finite:
             lines.append(f"{self.not_finite:,} trajectories have no g_hat (statistics that are not finite, or nll 0)")
         return lines
@@ -153,14 +159,16 @@ class ScoreSummary:
         estimated_*                                 ``Estimate.as_json``, of a dry run
         paired_*                                    ``Delta.as_json``, of two states of a student
         race_*                                      ``RaceOutcome.as_json``, of a race
+        sample_*                                    ``HeadSummary.as_json``, with --head-share
         """
         unknown = {f"estimated_{name}": None for name in ESTIMATED}
         estimated = self.estimate.as_json() if self.estimate else unknown
         delta = self.delta.as_json() if self.delta else {f"paired_{name}": None for name in DELTA}
         race = self.race.as_json() if self.race else {f"race_{name}": None for name in RACE}
+        sample = self.sample.as_json() if self.sample else {f"sample_{name}": None for name in HEAD_SUMMARY}
         own = ("truncated", "first_rejects", "rows", "problems", "not_finite")
         run = {"out": self.out, "complete": self.complete, "dry_run": self.dry_run}
         account = self.account.as_json(self.ceiling)
         if self.dry_run:  # its seconds are those of rendering
             account |= dict.fromkeys(OF_PASSES)
-        return run | account | {name: getattr(self, name) for name in own} | estimated | delta | race
+        return run | account | {name: getattr(self, name) for name in own} | estimated | delta | race | sample

@@ -76,6 +76,7 @@ class SentScore(NamedTuple):
 
     means: dict[str, float | None]
     n_tokens: int
+    n_head: int
     tokens: TokenStats | None
     nll_after: NDArray[np.float32] | None
 
@@ -84,12 +85,13 @@ class SentScore(NamedTuple):
         """Without its tokens' statistics where nobody asks for them."""
         tokens = scored.tokens.map(lambda values: values.numpy()) if with_tokens else None
         after = scored.nll_after.numpy() if with_tokens and scored.nll_after is not None else None
-        return cls(scored.means, scored.n_tokens, tokens, after)
+        return cls(scored.means, scored.n_tokens, scored.n_head, tokens, after)
 
     def unpacked(self) -> Scored:
         """As it was."""
         after = None if self.nll_after is None else torch.from_numpy(self.nll_after)
-        return Scored(self.means, self.n_tokens, self.tokens and self.tokens.map(torch.from_numpy), after)
+        tokens = self.tokens and self.tokens.map(torch.from_numpy)
+        return Scored(self.means, self.n_tokens, self.n_head, tokens, after)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
