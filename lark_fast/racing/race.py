@@ -41,12 +41,18 @@ class Race:
     Args:
         words, before, copies: see ``Forecaster``.
         rules: what it is run by.
+        forecasts: what makes forecasts.
     """
 
     def __init__(
-        self, words: Sequence[ArrayLike], before: Sequence[ArrayLike], copies: ArrayLike, rules: RaceRules
+        self,
+        words: Sequence[ArrayLike],
+        before: Sequence[ArrayLike],
+        copies: ArrayLike,
+        rules: RaceRules,
+        forecasts: type[Forecaster] = Forecaster,
     ) -> None:
-        self._forecaster = Forecaster(words, before, copies)
+        self._forecaster = forecasts(words, before, copies)
         self._copies, self._rules = np.asarray(copies), rules
         self.lengths = self._forecaster.lengths
         self._bounds = np.concatenate([[0], np.cumsum(self.lengths)])

@@ -1,0 +1,211 @@
+"""``python -m benchmarks.racing --scores DIR --student DIR --pool FILE --out FILE``: what ``score --race`` would spare.
+
+Races are replayed from a store that has every token's statistics (``score --per-token --dtype float32``), by the code
+that runs them, for several budgets and risks: tokens and FLOP that would have passed, with keys and values kept and
+without, beside what became of the best, of the weights, and of the audit. Beside the forecasts that the race makes,
+two simpler kinds: from running means alone, and with intervals by Bernstein's inequality.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from benchmarks import baselines
+from lark_fast.batch import Targets
+from lark_fast.files import write_json
+from lark_fast.flop import ForwardCost
+from lark_fast.pool.reading import Pool, Rejected
+from lark_fast.racing.forecast import Forecaster
+from lark_fast.racing.outcome import missed_winners, proportion_interval
+from lark_fast.racing.race import Race, replay
+from lark_fast.racing.rules import RaceRules
+from lark_fast.rendering.renderer import Renderer, RenderOptions
+from lark_fast.scoring.agreement import Scores, agreement
+from lark_fast.scoring.learnability import g_hat
+from lark_fast.scoring.parts import part_files
+from lark_fast.student import load_student
+from lark_fast.versions import versions
+
+RISKS = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5)
+
+
+class RunningMeans(Forecaster):
+    """Without a table: the rest is as what has been seen, shrunk towards the problem's mean."""
+
+    def _table(self, values: NDArray[np.float64], seen: NDArray[np.bool_]) -> NDArray[np.float64]:
+        return np.zeros(len(values))
+
+
+def bernstein(rules: RaceRules) -> type[Forecaster]:
+    """Intervals by the empirical inequality of Maurer and Pontil (2009), theorem 4, in place of standard deviations.
+
+    Tokens are taken as independent draws, of a range that nobody knows: that which has been seen.
+    """
+
+    class Bernstein(Forecaster):
+        def _spread(
+            self, residuals: NDArray[np.float64], known: NDArray[np.int64]
+        ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+            shrunk, _ = super()._spread(residuals, known)
+            log = math.log(2 * rules.budget / rules.risk)
+            mean = self._sum(residuals) / known
+            variance = np.maximum(0.0, self._sum(residuals**2) / known - mean**2) * known / np.maximum(1, known - 1)
+            extent = float(residuals.max() - residuals.min())
+            half = np.sqrt(2 * variance * log / known) + 7 * extent * log / (3 * np.maximum(1, known - 1))
+            return shrunk, (self.lengths - known) / self.lengths * half / rules.deviations
+
+    return Bernstein
+
+
+class Candidate(NamedTuple):
+    """A trajectory with the statistics of its tokens."""
+
+    words: NDArray[np.int64]
+    before: NDArray[np.int64]
+    rows: NDArray[np.int64]  # positions whose hidden states are scored
+    nll: NDArray[np.float64]
+    brier: NDArray[np.float64]
+
+
+def main() -> None:
+    """Replay, write the record."""
+    options = _options()
+    problems = dict(_problems(options))
+    cost = ForwardCost.of(load_student(options.student, device="cpu", dtype="float32", tokenizer=False).model)
+    candidates = [one for own in problems.values() for one in own]
+    made = {
+        "device": baselines.device_name(),
+        "versions": versions("torch", "transformers", "numpy"),
+        "date": date.today().isoformat(),
+        "commit": options.commit,
+        "student": Path(options.student).name,
+        "pool": Path(options.pool).name,
+        "max_length": options.max_length,
+        "problems": len(problems),
+        "candidates": len(candidates),
+        "scored_tokens": sum(len(one.nll) for one in candidates),
+        "races": [
+            raced(problems, RaceRules(budget=budget, risk=risk), kind, cost)
+            for budget in options.budgets
+            for kind in ("table", "running means", "Bernstein")
+            for risk in (RISKS if kind == "table" else (0.05, 0.2))
+        ],
+    }
+    write_json(options.out, made)
+    print(json.dumps(made, indent=1))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.racing", description=__doc__.partition("\n")[0])
+    parser.add_argument("--scores", required=True, metavar="DIR", help="made with --per-token")
+    parser.add_argument("--student", required=True, metavar="DIR", help="that made them")
+    parser.add_argument("--pool", required=True, metavar="FILE", help="that they are of")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--commit", required=True, metavar="SHA", help="of the code that runs")
+    parser.add_argument("--max-length", type=int, default=4096, help="that they were made with")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[1, 3])
+    return parser.parse_args()
+
+
+def _problems(options: argparse.Namespace) -> Iterator[tuple[str, list[Candidate]]]:
+    """The scored candidates of each problem, with the token ids that they have been rendered to."""
+    student = load_student(options.student, device="cpu", dtype="float32")
+    renderer = Renderer(student.tokenizer, RenderOptions(max_length=options.max_length), vocab_size=student.vocab_size)
+    tokens = {}
+    for part in part_files(options.scores):
+        columns = ["problem_id", "candidate_id", "token_nll", "token_brier"]
+        for row in pq.read_table(part, columns=columns).to_pylist():
+            tokens[row["problem_id"], row["candidate_id"]] = row["token_nll"], row["token_brier"]
+    found: dict[str, list[Candidate]] = {}
+    for raw in Pool((options.pool,)).read_raw():
+        record = raw.parse()
+        key = None if isinstance(record, Rejected) else (str(record.problem_id), str(record.candidate_id))
+        if key in tokens:
+            rendered = renderer(record)
+            targets, ids = Targets.of(rendered.labels), np.asarray(rendered.input_ids)
+            numbers = (np.asarray(values, dtype=np.float64) for values in tokens[key])
+            found.setdefault(key[0], []).append(Candidate(targets.words, ids[targets.rows], targets.rows, *numbers))
+    yield from found.items()
+
+
+def raced(problems: dict[str, list[Candidate]], rules: RaceRules, kind: str, cost: ForwardCost) -> dict[str, Any]:
+    """All races by these rules, beside the full scores."""
+    forecasts = {"table": Forecaster, "running means": RunningMeans}.get(kind) or bernstein(rules)
+    exact, made, name, missed, spent, audited, flop = [], [], [], [], [], [], []
+    for problem, own in problems.items():
+        full = np.array([(one.nll.mean(), one.brier.mean()) for one in own])
+        lengths = [len(one.nll) for one in own]
+        whole = cost.flop([int(one.rows[-1]) + 1 for one in own], sum(lengths))
+        exact += full.tolist()
+        name += [problem] * len(own)
+        if not rules.races(len(own)):
+            made += full.tolist()
+            spent.append((sum(lengths), sum(lengths)))
+            flop.append((whole, whole, whole))
+            audited.append(False)
+            continue
+        race = Watched([one.words for one in own], [one.before for one in own], np.ones(len(own)), rules, forecasts)
+        outcome = replay(race, [one.nll for one in own], [one.brier for one in own])
+        made += np.column_stack([outcome.nll, outcome.brier]).tolist()
+        missed.append(missed_winners(g_hat(*full.T, np.zeros(len(own))), outcome.winner, np.zeros(len(own)))[0])
+        spent.append((outcome.known.sum(), sum(lengths)))
+        flop.append((*_flop(race, own, cost), whole))
+        audited.append(rules.audits(problem))
+    apart = agreement(Scores(*np.array(exact).T), Scores(*np.array(made).T), name, rules.budget)
+    used, total = np.array(spent, dtype=np.float64).T
+    kept, again, whole = np.array(flop).T
+    low, high = proportion_interval(int(sum(missed)), len(missed))
+    return {
+        "budget": rules.budget,
+        "risk": rules.risk,
+        "forecasts": kind,
+        "raced_problems": len(missed),
+        "same_top": 1 - float(np.mean(missed)) if missed else None,
+        "missed": int(sum(missed)),
+        "missed_low": low,
+        "missed_high": high,
+        "token_share": float(used.sum() / total.sum()),
+        "token_share_with_audit": float(np.where(audited, total, used).sum() / total.sum()),
+        "flop_share": float(kept.sum() / whole.sum()),
+        "flop_share_without_past": float(again.sum() / whole.sum()),
+        "total_variation": apart.total_variation,
+        "largest_total_variation": apart.largest_total_variation,
+        "spearman_g_hat_within": apart.g_hat_within,
+    }
+
+
+class Watched(Race):
+    """A race that remembers what it has asked for."""
+
+    def asks(self) -> NDArray[np.int64] | None:
+        """See ``Race``."""
+        goal = super().asks()
+        if not hasattr(self, "rounds"):
+            self.rounds = []
+        if goal is not None:
+            self.rounds.append((self.known.copy(), goal))
+        return goal
+
+
+def _flop(race: Watched, own: list[Candidate], cost: ForwardCost) -> tuple[float, float]:
+    """Of all passes, with keys and values kept, and with every piece from the first token again."""
+    kept = again = 0.0
+    for known, goal in race.rounds:
+        for one, a, b in zip(own, known.tolist(), goal.tolist(), strict=True):
+            if b > a:
+                before, end = 0 if a == 0 else int(one.rows[a - 1]) + 1, int(one.rows[b - 1]) + 1
+                kept += cost.flop([end], b - a) - (cost.flop([before], 0) if before else 0.0)
+                again += cost.flop([end], b - a)
+    return kept, again
+
+
+if __name__ == "__main__":
+    main()
