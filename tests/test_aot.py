@@ -24,7 +24,7 @@ def test_kernels_fit_the_chip(arguments):
     assert [report for report in reports if report["faults"]] == [], done.stderr
     assert done.returncode == 0, done.stderr
     operations = {report["operation"] for report in reports}
-    head = {"partial_sums", "label_logits", "finish", "logits_sums", "brier_topk", "trajectory_reduce"}
+    head = {"partial_sums", "label_logits", "finish", "logits_sums", "brier_topk", "trajectory_reduce", "quantise_rows"}
     assert operations == head | {"loss_errors", "loss_errors_of_logits", "chi2_solve"}
 
 
