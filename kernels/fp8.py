@@ -119,10 +119,20 @@ def fp8_product(
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias is [N] = [{n}], not {list(bias.shape)}")
     if kernel_form(impl, x.codes.device) == "torch":
-        product = dequantised(x) @ dequantised(weight).T
-        return (product if bias is None else product + bias.float()).to(dtype)
+        return fp8_product_naive(x, weight, bias, dtype)
     if n % MULTIPLE or k % MULTIPLE:
         raise ValueError(f"weight [N, K] = [{n}, {k}]: both are multiples of {MULTIPLE} for FP8 products")
+    return library_product(x, weight, bias, dtype)
+
+
+def fp8_product_naive(x: Quantised, weight: Quantised, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``fp8_product`` with impl="torch", of operands that fit."""
+    product = dequantised(x) @ dequantised(weight).T
+    return (product if bias is None else product + bias.float()).to(dtype)
+
+
+def library_product(x: Quantised, weight: Quantised, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``fp8_product`` by torch._scaled_mm, of operands that fit."""
     product = torch._scaled_mm(
         x.codes,
         weight.codes.T,

@@ -25,8 +25,11 @@ def _codes_of(x, NATIVE: tl.constexpr):
         # Half of the last kept place less one, and one more where that place is odd: ties go to even.
         rounded = bits + 0x7FFFF + ((bits >> 20) & 1)
         normal = (rounded >> 20) - ((127 - 7) << 3)
-        # Numbers beside 2^14 are 2^-9 apart, as e4m3 is below 2^-6.
-        small = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+        # Below 2^-6 the places are 2^-9; in whole numbers, where no compiler contracts a product with a sum.
+        mantissa = (bits & 0x7FFFFF) | 0x800000
+        shift = tl.minimum(20 + 121 - (bits >> 23), 26)
+        shift = tl.maximum(shift, 1)
+        small = (mantissa + (1 << (shift - 1)) - 1 + ((mantissa >> shift) & 1)) >> shift
         code = tl.where(bits < 0x3C800000, small, normal)
         sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
         return tl.where(x == x, code | sign, 0x7F).to(tl.uint8)

@@ -25,6 +25,7 @@ from lark_fast.scoring.delta import read_delta
 from lark_fast.scoring.export import export_lark_json
 from lark_fast.scoring.feed import Feed, Trajectory, default_workers
 from lark_fast.scoring.metrics import MetricsLog
+from lark_fast.scoring.precision import fault_of_precision, refuse_precision, say_fallback, say_what_fp8_costs
 from lark_fast.scoring.store import ScoreStore, read_manifest
 from lark_fast.scoring.summary import ScoreSummary
 from lark_fast.student_files import StudentFiles, find_student, is_adapter
@@ -50,6 +51,7 @@ class ScoreConfig:
     top_k: int | None = None
     dtype: str = "auto"
     device: str = "auto"
+    precision: str | None = None  # "fp8": the layers' products, where the device has them, see ``lark_fast.fp8``
     device_map: str | None = None  # in place of a device, see ``lark_fast.loading.read_device_map``
     options: RenderOptions = field(default_factory=RenderOptions)
     chat_template: str | None = None  # the template itself
@@ -83,6 +85,7 @@ def score_pool(config: ScoreConfig) -> ScoreSummary | None:
         UserError: bad input; what was finished stays in the store.
         KeyboardInterrupt: as above.
     """
+    refuse_precision(config)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # what torchrun sets
         from lark_fast.scoring.ranks import score_over_ranks
 
@@ -139,7 +142,7 @@ def open_place(config: ScoreConfig) -> Iterator["Place"]:
         with Team(config, choose_devices(config.devices, config.device)) as team:
             yield team
         return
-    place = Here(load_scorer(config))
+    place = Here(load_scorer(config, keep_own=True))
     idle = 0 if config.device_map else place.idle_gpus(config.device)
     if idle:
         _say(f"{idle} more GPU{'s are' if idle > 1 else ' is'} idle; --devices all takes them too")
@@ -156,12 +159,13 @@ def _ray_team(config: ScoreConfig) -> AbstractContextManager["Place"]:
     return ray_team(config)
 
 
-def load_scorer(config: ScoreConfig, *, dtype: str | None = None, **options: Any) -> "Scorer":
+def load_scorer(config: ScoreConfig, *, dtype: str | None = None, keep_own: bool = False, **options: Any) -> "Scorer":
     """The student, or two states of one, and what goes with it, as asked for.
 
     Args:
         config: of the run.
         dtype: None: ``chosen_dtype``.
+        keep_own: see ``Scorer``.
         options: more that ``load_student`` takes.
     """
     from lark_fast.scoring.paired import PairedScorer
@@ -175,6 +179,10 @@ def load_scorer(config: ScoreConfig, *, dtype: str | None = None, **options: Any
         dtype = "auto" if files[0].quantised else "float32"
     if config.compile and config.device_map is not None:
         raise UserError("--compile: does not go with --device-map, whose hooks no compiler sees through")
+    fault = fault_of_precision(config, files[0])
+    precision = config.precision if fault is None else None
+    if precision is not None:
+        dtype = "bfloat16"
     how = {
         "device": config.device,
         "device_map": config.device_map,
@@ -190,7 +198,9 @@ def load_scorer(config: ScoreConfig, *, dtype: str | None = None, **options: Any
         "compile": config.compile,
     }
     if config.after is None:
-        return Scorer(student, **made)
+        scorer = Scorer(student, **made, precision=precision, keep_own=keep_own)
+        scorer.precision_fault = fault
+        return scorer
     after = load_student(files[1], dtype=str(student.dtype).removeprefix("torch."), **how)
     return PairedScorer(student, after, **made)
 
@@ -299,7 +309,12 @@ def _score(
             reject=lambda item, reason: rejects(item.source, item.line, reason),
             progress=watch,
         )
-        stream = _say_what_rounding_costs(config, place, feed) if _chose_bfloat16(config, store, facts) else feed
+        say_fallback(facts.precision_fault, facts.dtype)
+        stream = feed
+        if facts.precision is not None:
+            stream = feed if _begun(store) else say_what_fp8_costs(place, feed, store, summary)
+        elif _chose_bfloat16(config, store, facts):
+            stream = _say_what_rounding_costs(config, place, feed)
         try:
             with place.runner(config.local_steps, engine.on_piece) as runner:
                 cut = cut_windows(stream, runner.layout, store.unfinished, facts.tokens_per_window)
@@ -437,6 +452,7 @@ def _identity(config: ScoreConfig, place: "Place") -> dict[str, Any]:
         "local_steps": config.local_steps,
         **asdict(place.options),
         **({} if config.shard is None else {"shard": config.shard}),
+        **({} if place.facts.precision is None else {"precision": place.facts.precision}),
     }
 
 
