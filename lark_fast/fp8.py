@@ -2,8 +2,9 @@
 
 The linear layers of the student's blocks have their weights in FP8 and bring every token's activations into it, with a
 scale a row on either side (``kernels/fp8.py``), so nothing has to be calibrated. Everything else stays in the student's
-own precision: embeddings, norms, the products of attention, the head and its statistics, and of the layers those that
-are no ``nn.Linear`` (experts in one tensor), that send tokens to experts, or whose sizes are no multiples of 16.
+own precision: embeddings, norms, the products of attention, the head and its statistics; of the layers those that are
+no ``nn.Linear`` (experts in one tensor), that send tokens to experts, or whose sizes are no multiples of 16; and the
+first block, whose errors pass through all others: of six it made half of the error of g_hat (docs/log.md).
 """
 
 import weakref
@@ -30,6 +31,7 @@ from lark_fast.kernels.fp8 import (
 from lark_fast.student import Student
 from lark_fast.student_files import one_line
 
+BLOCKS_KEPT = 1  # at the beginning, in their own precision
 LEAST_CAPABILITY = (8, 9)
 MENDED_ADA = (2, 12)  # before this torch, products of rows on 8.9 may not wait for their operands (pytorch#177651)
 TRIAL = (300, 256, 272)  # rows, K and N of a product that is tried; 300 is no multiple of a tile
@@ -91,6 +93,7 @@ class Fp8Linear(nn.Module):
         self.register_buffer("weight_scale", scale)  # [N, 1]
         self.bias = linear.bias
 
+    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` -> ``[..., N]`` in the dtype of ``x``; carries no gradient."""
         # A compiler sees by itself what is the same, and fuses it into what is before.
@@ -116,6 +119,7 @@ class Fp8Layers:
     Args:
         student: on its device. It scores, and is not trained.
         impl: as in ``quantise_rows``; "torch" stands for FP8 on any device, slowly and in the same numbers.
+        blocks_kept: so many at the beginning stay as they are, where there are more.
         keep: hold the layers' own weights too, until ``let_go``, where there is room for half as much again.
 
     Attributes:
@@ -126,11 +130,13 @@ class Fp8Layers:
         UserError: it has no layer to replace, or cannot be run with them.
     """
 
-    def __init__(self, student: Student, *, impl: str = "auto", keep: bool = False) -> None:
+    def __init__(
+        self, student: Student, *, impl: str = "auto", blocks_kept: int = BLOCKS_KEPT, keep: bool = False
+    ) -> None:
         _ = student.unpackable  # found by comparing bits that FP8 rounds away, and the same in both precisions
         ids = torch.arange(PROBE_TOKENS, device=student.device).remainder(student.vocab_size).unsqueeze(0)
         exact = _probe(student, ids)
-        found = _linear_layers(student)
+        found = _linear_layers(student, blocks_kept)
         if not found:
             raise UserError(
                 f"--precision fp8: {_called(student)} has no linear layer that FP8 can take (nn.Linear, both sizes "
@@ -236,10 +242,12 @@ def _trial(device: torch.device) -> str | None:
     return None if off <= TRIAL_ERROR else f"its FP8 products are {off:.0%} off"
 
 
-def _linear_layers(student: Student) -> list[tuple[nn.Module, str, nn.Linear]]:
+def _linear_layers(student: Student, blocks_kept: int) -> list[tuple[nn.Module, str, nn.Linear]]:
     """Each that FP8 takes, with the module and the name that it has there."""
+    of_text = set(student.model.get_decoder().modules())  # what reads images has blocks too
+    blocks = [layer for layer in student.layers if layer in of_text]
     found, seen = [], set()
-    for layer in student.layers:
+    for layer in blocks[blocks_kept:] or blocks:
         for parent in layer.modules():
             if hasattr(parent, "experts"):  # beside these stands what sends tokens to them
                 continue
