@@ -437,3 +437,20 @@ class TestSample:
 
     def test_a_problem_that_is_too_long_alone(self):
         assert self.sample([("a", 700), ("a", 700), ("a", 700)]) == (2, 2)
+
+
+def test_the_benchmark(tmp_path, pool, student):
+    """Its whole path, on this device or not."""
+    from benchmarks.fp8 import main
+
+    out = tmp_path / "fp8.json"
+    words = ("--student", student, "--pool", pool, "--problems", 4, "--blocks-kept", 1, 0, "--budget", 2)
+    main([*map(str, words), "--tiny", "--out", str(out), "--commit", "abc"])
+    record = json.loads(out.read_text())
+    assert str(tmp_path) not in out.read_text()
+    kept, none_kept = record["agreement"]
+    assert (kept["share_in_fp8"], none_kept["share_in_fp8"]) == (0.5, 1.0)
+    assert kept["trajectories"] == none_kept["trajectories"] == 20
+    assert 0 < kept["nll"]["rms_error"] < none_kept["nll"]["rms_error"] < 0.5
+    (passed,) = record["passes"]
+    assert passed["speedup"] == pytest.approx(passed["bfloat16_ms"] / passed["fp8_ms"])
