@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 from lark_fast.kernels import (
     chi2_triton,
     dispatch,
+    fp8_triton,
     linear_cross_entropy_triton,
     logits_triton,
     softmax_sums_triton,
@@ -144,6 +145,8 @@ def launches(arch: str) -> Iterator[Launch]:
     yield top_k(torch.float32, V, 50, True)
     yield top_k(torch.float32, V, 1000, False)  # more than a program holds
     yield from (reduction(extras) for extras in (True, False))
+    for columns, dtype in ((3584, torch.bfloat16), (18944, torch.bfloat16), (1001, torch.float32)):
+        yield quantisation(columns, dtype, native=arch in ("sm_90", "sm_100"))
     yield selection(64, "exact", torch.float32, False)
     for form, extras in (("exact", True), ("reference", False), ("tau", True)):
         # 16 cells a thread, in float64 and with all that there is: more registers than any other takes.
@@ -241,6 +244,15 @@ def reduction(extras: bool) -> Launch:
         "trajectory_reduce",
         f"all fields, rows, nll_before={extras}",
         lambda: trajectory_reduce_triton.reduce_on_device(fields, whole(65), *rest, 100),
+    )
+
+
+def quantisation(columns: int, dtype: torch.dtype, native: bool) -> Launch:
+    """Rows in FP8; native: rounded by the chip's own instruction."""
+    return Launch(
+        "quantise_rows",
+        f"{dtype} K={columns} native={native}",
+        lambda: fp8_triton.quantise_on_device(empty(T, columns, dtype=dtype), native),
     )
 
 

@@ -10,11 +10,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks import chi2, head, loss, trajectories
+from benchmarks import chi2, fp8_rows, head, loss, trajectories
 from benchmarks.accuracy import judge
 from benchmarks.comparison import DEVICE
+from lark_fast.fp8 import fp8_fault
 from lark_fast.kernels.chi2 import chi2_solve
 from lark_fast.kernels.dispatch import has_triton
+from lark_fast.kernels.fp8 import quantise_rows
 from lark_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from lark_fast.kernels.softmax_sums import STATISTICS, TokenStats
 from lark_fast.kernels.token_stats import (
@@ -85,6 +87,7 @@ def cases(seed: int, tiny: bool = False) -> Iterator[Case]:
                 yield from _loss_cases(*shape, dtype, kind, g)
     for impl in kernel_forms():
         yield _trajectory_case(impl, seed)
+        yield from _fp8_cases(impl, seed)
     for impl in ("triton", "numpy") if len(kernel_forms()) > 1 else ("numpy",):
         for dtype in (FLOAT, torch.float64):
             yield _selection_case(impl, dtype, seed, 60 if tiny or interpreted() else 20_000)
@@ -206,6 +209,28 @@ def _trajectory_case(impl: str, seed: int) -> Case:
 
     shape = f"N=2000 T={len(stats.nll)}"
     return Case(name=f"{trajectories.NAME}/{impl}", shape=shape, dtype=torch.float32, operands="random", run=run)
+
+
+def _fp8_cases(impl: str, seed: int) -> Iterator[Case]:
+    # 300 rows are no multiple of a tile, 20,000 columns take several steps.
+    for (rows, columns), dtype in (((300, 272), BF16), ((7, 20_000), BF16), ((33, 17), FLOAT)):
+        x = fp8_rows.inputs(rows, columns, dtype, seed)
+        base = {"shape": f"R={rows} K={columns}", "dtype": dtype, "operands": "random"}
+        yield Case(
+            name=f"{fp8_rows.NAME}/{impl}",
+            run=lambda x=x: fp8_rows.errors(quantise_rows(x, impl=impl), x),
+            **base,
+        )
+    multiplies = impl == "torch" or DEVICE.type == "cpu" or fp8_fault(DEVICE) is None
+    if multiplies:
+        x, weight = (fp8_rows.inputs(n, 256, BF16, seed + n) for n in (300, 272))
+        yield Case(
+            name=f"fp8_linear/{impl}",
+            shape="T=300 N=272 K=256",
+            dtype=BF16,
+            operands="random",
+            run=lambda: fp8_rows.product_errors(x, weight, impl),
+        )
 
 
 def _selection_case(impl: str, dtype: torch.dtype, seed: int, n: int) -> Case:

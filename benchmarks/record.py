@@ -30,7 +30,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # poisoned outputs 
 
 import torch
 
-from benchmarks import baselines, chi2, correctness, head, loss, passes, timing, training, trajectories
+from benchmarks import baselines, chi2, correctness, fp8_rows, head, loss, passes, timing, training, trajectories
 from benchmarks.comparison import DEVICE, Workload, missing_peers, note_missing
 from benchmarks.fingerprint import fingerprints
 
@@ -161,6 +161,8 @@ def _steps(tiny: bool) -> Iterator[Step]:
     for shape in loss_shapes:
         yield loss.NAME, partial(loss.workload, *shape)
     yield trajectories.NAME, partial(trajectories.reduction, n)
+    for rows in [(33, 48)] if tiny else fp8_rows.SHAPES:
+        yield fp8_rows.NAME, partial(fp8_rows.rounding, *rows)
     for dtype in chi2.DTYPES:
         for ragged in (False, True):
             yield chi2.NAME, partial(chi2.solving, 400 if tiny else chi2.N, dtype, ragged)

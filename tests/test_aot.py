@@ -24,7 +24,7 @@ def test_kernels_fit_the_chip():
     assert [report for report in reports if report["faults"]] == [], done.stderr
     assert done.returncode == 0, done.stderr
     operations = {arch: {one["operation"] for one in reports if one["arch"] == arch} for arch in TARGETS}
-    head = {"partial_sums", "label_logits", "finish", "logits_sums", "brier_topk", "trajectory_reduce"}
+    head = {"partial_sums", "label_logits", "finish", "logits_sums", "brier_topk", "trajectory_reduce", "quantise_rows"}
     all_of_them = head | {"loss_errors", "loss_errors_of_logits", "chi2_solve"}
     assert operations == dict.fromkeys(TARGETS, all_of_them)
 

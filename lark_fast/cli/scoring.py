@@ -41,6 +41,12 @@ class Engine(StrEnum):
     ray = "ray"
 
 
+class Precision(StrEnum):
+    """What the student's layers multiply in, where it is not the student's dtype."""
+
+    fp8 = "fp8"
+
+
 def score(
     *,
     pool: PoolOption,
@@ -62,6 +68,10 @@ def score(
     max_length: MaxLengthOption = 32768,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    precision: Annotated[
+        Precision | None,
+        typer.Option(help="fp8: the layers' products in FP8, on a GPU that has it; says what that costs on a sample."),
+    ] = None,
     devices: Annotated[
         str | None,
         typer.Option(help="One process a GPU: all, how many, or which (0,2). With --device cpu, how many processes."),
@@ -135,6 +145,7 @@ def score(
         dtype=dtype,
         device=device,
         devices=devices,
+        precision=None if precision is None else precision.value,
         device_map=device_map,
         engine=engine.value,
         ray_address=ray_address,

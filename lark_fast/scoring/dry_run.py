@@ -15,6 +15,7 @@ from lark_fast.progress import track
 from lark_fast.scoring.feed import Trajectory
 from lark_fast.scoring.head_sampling import n_drawn
 from lark_fast.scoring.parts import scored_keys
+from lark_fast.scoring.precision import say_fallback
 from lark_fast.scoring.summary import ScoreSummary
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def dry_run(config: "ScoreConfig", pool: Pool) -> ScoreSummary:
     student = scorer.student
     side_by_side = len(devices) if student.device.type == "cuda" else 1  # processes on a CPU share its cores
     summary = ScoreSummary(out=config.out, dry_run=True, share=pool.share)
-    summary.ceiling = matmul_ceiling(student.device, student.dtype)
+    summary.ceiling = matmul_ceiling(student.device, scorer.product_dtype)
+    say_fallback(scorer.precision_fault, str(student.dtype).removeprefix("torch."))
     rejects = Rejects(config, summary)
     feed = make_feed(config, pool, scorer.renderer, student.device.type, _known(config), rejects)
     lengths, sample, sample_tokens = array("i"), [], 0

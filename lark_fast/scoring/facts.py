@@ -26,6 +26,7 @@ class Facts:
         one_shape: see ``Layout``.
         ranks: that it is spread over, see ``tensor_parallel``; 1: it is whole.
         ceiling: FLOP/s of the best matrix product of its device, or of those of its ranks.
+        precision, precision_fault: see ``Scorer``.
     """
 
     device_type: str
@@ -41,6 +42,8 @@ class Facts:
     cost: ForwardCost
     ranks: int
     ceiling: float
+    precision: str | None = None
+    precision_fault: str | None = None
 
     @classmethod
     def of(cls, scorer: "Scorer") -> "Facts":
@@ -60,7 +63,9 @@ class Facts:
             one_shape=scorer.compile,
             cost=scorer.cost,
             ranks=ranks,
-            ceiling=ranks * matmul_ceiling(student.device, student.dtype),
+            ceiling=ranks * matmul_ceiling(student.device, scorer.product_dtype),
+            precision=scorer.precision,
+            precision_fault=scorer.precision_fault,
         )
 
     @property

@@ -10,7 +10,7 @@ from lark_fast.rendering.renderer import Renderer, RenderOptions
 from lark_fast.scoring.facts import Facts
 from lark_fast.scoring.feed import Trajectory
 from lark_fast.scoring.local import LocalPasses
-from lark_fast.scoring.precision import RoundingCost, rounding_cost
+from lark_fast.scoring.precision import Fp8Cost, RoundingCost, fp8_cost, rounding_cost
 
 if TYPE_CHECKING:
     from lark_fast.scoring.engine import Runner
@@ -48,6 +48,9 @@ class Place(Protocol):
     def rounding_cost(self, config: "ScoreConfig", items: Sequence[Trajectory]) -> "RoundingCost | None":
         """What the student's precision costs on a sample, or None where it is not measured; see ``precision``."""
 
+    def fp8_cost(self, items: Sequence[Trajectory]) -> "Fp8Cost | None":
+        """What FP8 costs on a sample, or None where it is not measured; before ``runner``."""
+
 
 class Here:
     """The student in this process."""
@@ -66,9 +69,15 @@ class Here:
         """See ``Place``."""
         return rounding_cost(self.scorer, items, config.trust_remote_code)
 
+    def fp8_cost(self, items: Sequence[Trajectory]) -> "Fp8Cost | None":
+        """See ``Place``."""
+        return fp8_cost(self.scorer, items)
+
     @contextmanager
     def runner(self, local_steps: int | None, on_piece: OnPiece) -> Iterator["Runner"]:
         """See ``Place``."""
+        if self.scorer.fp8 is not None:  # nothing is scored without it from here on
+            self.scorer.fp8.let_go()
         with self.scorer.passes() as passes:
             if local_steps is None:
                 yield passes

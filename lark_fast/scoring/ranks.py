@@ -88,6 +88,8 @@ def _fault(config: ScoreConfig) -> str | None:
         return "--dry-run is for one process; leave torchrun away"
     if config.compile:
         return "--compile is for layers that are not cut over ranks; leave it or torchrun away"
+    if config.precision is not None:
+        return f"--precision {config.precision} is for layers that are not cut over ranks; leave it or torchrun away"
     return None
 
 

@@ -28,6 +28,8 @@ from lark_fast.scoring.export import export_lark_json
 from lark_fast.scoring.feed import Feed, Trajectory, default_workers
 from lark_fast.scoring.head_summary import read_head_summary
 from lark_fast.scoring.metrics import MetricsLog
+from lark_fast.scoring.precision import fault_of_precision, refuse_precision, say_fallback, say_what_fp8_costs
+from lark_fast.scoring.refusals import refuse_beside_race, refuse_with_a_sample
 from lark_fast.scoring.store import ScoreStore, read_manifest
 from lark_fast.scoring.summary import ScoreSummary
 from lark_fast.student_files import StudentFiles, find_student, is_adapter
@@ -53,6 +55,7 @@ class ScoreConfig:
     top_k: int | None = None
     dtype: str = "auto"
     device: str = "auto"
+    precision: str | None = None  # "fp8": the layers' products, where the device has them, see ``lark_fast.fp8``
     device_map: str | None = None  # in place of a device, see ``lark_fast.loading.read_device_map``
     options: RenderOptions = field(default_factory=RenderOptions)
     chat_template: str | None = None  # the template itself
@@ -88,6 +91,7 @@ def score_pool(config: ScoreConfig) -> ScoreSummary | None:
         UserError: bad input; what was finished stays in the store.
         KeyboardInterrupt: as above.
     """
+    refuse_precision(config)
     if "TORCHELASTIC_RUN_ID" in os.environ and config.race is None:  # what torchrun sets
         from lark_fast.scoring.ranks import score_over_ranks
 
@@ -95,31 +99,10 @@ def score_pool(config: ScoreConfig) -> ScoreSummary | None:
     return score_in(open_place, config)
 
 
-def _refuse_with_a_sample(config: ScoreConfig) -> None:
-    """What ``--head-share`` does not go with."""
-    if config.head_share is None:
-        return
-    wanted = f"--head-share {config.head_share:g}"
-    if not 0 < config.head_share < 1:
-        raise UserError(f"{wanted}: a share of the scored positions, above 0 and below 1; without it all are read")
-    for asked, fault in (
-        (config.per_token, "--per-token stores every token's statistics, and most tokens have none"),
-        (config.local_steps is not None, "--local-steps takes means over all tokens of a step"),
-        (
-            config.after is not None,
-            "--before and --after are compared on all tokens: a sample errs by more",
-        ),
-        (config.export is not None, f"--export {config.export} has no place for standard errors"),
-    ):
-        if asked:
-            raise UserError(f"{wanted}: {fault}; leave one of the two away")
-
-
 def score_in(open_place: Callable[[ScoreConfig], AbstractContextManager["Place"]], config: ScoreConfig) -> ScoreSummary:
     """``score_pool`` with the student wherever ``open_place`` has it."""
-    if config.race is not None:
-        refuse_beside_race(config)
-    _refuse_with_a_sample(config)
+    refuse_beside_race(config)
+    refuse_with_a_sample(config)
     pool = Pool(config.pool, share=None if config.shard is None else Share.parse(config.shard))
     if config.ray_address is not None and config.engine != "ray":
         raise UserError("--ray-address: goes with --engine ray")
@@ -147,27 +130,6 @@ def score_in(open_place: Callable[[ScoreConfig], AbstractContextManager["Place"]
     return summary
 
 
-def refuse_beside_race(config: ScoreConfig) -> None:
-    """A race has one student in one process, and scores that are to be compared with nothing but each other.
-
-    Raises:
-        UserError: something was asked for that does not go with it.
-    """
-    apart = {
-        "--after": config.after is not None,
-        "--local-steps": config.local_steps is not None,
-        "--devices": config.devices is not None,
-        "--engine ray": config.engine == "ray",
-        "--shard": config.shard is not None,
-        "--export": config.export is not None,
-        "--head-share": config.head_share is not None,
-        "torchrun": "TORCHELASTIC_RUN_ID" in os.environ,
-    }
-    for name, asked in apart.items():
-        if asked:
-            raise UserError(f"--race does not go with {name}")
-
-
 @contextmanager
 def open_place(config: ScoreConfig) -> Iterator["Place"]:
     """The student, ready: in this process, or in one a device, or in actors of a Ray cluster."""
@@ -189,7 +151,7 @@ def open_place(config: ScoreConfig) -> Iterator["Place"]:
         with Team(config, choose_devices(config.devices, config.device)) as team:
             yield team
         return
-    place = Here(load_scorer(config))
+    place = Here(load_scorer(config, keep_own=True))
     idle = 0 if config.device_map else place.idle_gpus(config.device)
     if idle:
         _say(f"{idle} more GPU{'s are' if idle > 1 else ' is'} idle; --devices all takes them too")
@@ -206,12 +168,13 @@ def _ray_team(config: ScoreConfig) -> AbstractContextManager["Place"]:
     return ray_team(config)
 
 
-def load_scorer(config: ScoreConfig, *, dtype: str | None = None, **options: Any) -> "Scorer":
+def load_scorer(config: ScoreConfig, *, dtype: str | None = None, keep_own: bool = False, **options: Any) -> "Scorer":
     """The student, or two states of one, and what goes with it, as asked for.
 
     Args:
         config: of the run.
         dtype: None: ``chosen_dtype``.
+        keep_own: see ``Scorer``.
         options: more that ``load_student`` takes.
     """
     from lark_fast.scoring.paired import PairedScorer
@@ -225,6 +188,10 @@ def load_scorer(config: ScoreConfig, *, dtype: str | None = None, **options: Any
         dtype = "auto" if files[0].quantised else "float32"
     if config.compile and config.device_map is not None:
         raise UserError("--compile: does not go with --device-map, whose hooks no compiler sees through")
+    fault = fault_of_precision(config, files[0])
+    precision = config.precision if fault is None else None
+    if precision is not None:
+        dtype = "bfloat16"
     how = {
         "device": config.device,
         "device_map": config.device_map,
@@ -241,7 +208,9 @@ def load_scorer(config: ScoreConfig, *, dtype: str | None = None, **options: Any
         "head_share": config.head_share,
     }
     if config.after is None:
-        return Scorer(student, **made)
+        scorer = Scorer(student, **made, precision=precision, keep_own=keep_own)
+        scorer.precision_fault = fault
+        return scorer
     after = load_student(files[1], dtype=str(student.dtype).removeprefix("torch."), **how)
     return PairedScorer(student, after, **made)
 
@@ -354,7 +323,12 @@ def _score(
             reject=lambda item, reason: rejects(item.source, item.line, reason),
             progress=watch,
         )
-        stream = _say_what_rounding_costs(config, place, feed) if _chose_bfloat16(config, store, facts) else feed
+        say_fallback(facts.precision_fault, facts.dtype)
+        stream = feed
+        if facts.precision is not None:
+            stream = feed if _begun(store) else say_what_fp8_costs(place, feed, store, summary)
+        elif _chose_bfloat16(config, store, facts):
+            stream = _say_what_rounding_costs(config, place, feed)
         try:
             with place.runner(config.local_steps, engine.on_piece) as runner:
                 how = (stream, runner.layout, store.unfinished, facts.tokens_per_window)
@@ -496,6 +470,7 @@ def _identity(config: ScoreConfig, place: "Place") -> dict[str, Any]:
         **({} if config.head_share is None else {"head_share": config.head_share}),
         **({} if config.shard is None else {"shard": config.shard}),
         **({} if config.race is None else {"race": config.race.as_json()}),
+        **({} if place.facts.precision is None else {"precision": place.facts.precision}),
     }
 
 

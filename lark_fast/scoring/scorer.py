@@ -1,5 +1,6 @@
 """The scorer: records or token ids in, one set of statistics a trajectory out."""
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from lark_fast.scoring.forward import Passes, Scored
 from lark_fast.scoring.head_sampling import draw
 from lark_fast.scoring.learnability import rho
 from lark_fast.scoring.local import LocalPasses, step_starts
-from lark_fast.student import Student, load_student
+from lark_fast.student import Student, choose_device, load_student
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -116,9 +117,18 @@ class Scorer:
         compile: compile the model's layers (``torch.compile``): half a minute for once, then faster passes.
         head_share: the head reads only so many of a trajectory's scored positions, 32 at least; see
             ``lark_fast.scoring.head_sampling``. None: all of them. ``score_tokens`` always reads all.
+        precision: "fp8": the layers' products in FP8, see ``lark_fast.fp8``; the model is changed. On a device that
+            has none it warns, and scores as without; with ``impl="torch"`` the same numbers come slowly on any device.
+        keep_own: with it, hold the layers' own weights too, so that ``fp8.own_precision()`` can be scored in.
+
+    Attributes:
+        fp8: the layers in FP8; None where there are none.
+        precision_fault: why a precision that was asked for is not in force.
 
     Raises:
-        ValueError: the model has no head that this package understands; ``head_share`` is not between 0 and 1.
+        ValueError: the model has no head that this package understands; ``head_share`` is not between 0 and 1; an
+            unknown ``precision``.
+        UserError: the model cannot be scored in that precision.
     """
 
     def __init__(
@@ -133,13 +143,19 @@ class Scorer:
         impl: str = "auto",
         compile: bool = False,
         head_share: float | None = None,
+        precision: str | None = None,
+        keep_own: bool = False,
     ) -> None:
         if head_share is not None and not 0 < head_share < 1:
             raise ValueError(f"head_share is above 0 and below 1, not {head_share}; None is all positions")
         self.student = model if isinstance(model, Student) else Student(model, tokenizer)
+        self.fp8, self.precision_fault = None, None
+        if precision is not None:
+            self._take_precision(precision, impl, keep_own)
         self.top_k, self.impl, self.compile, self.head_share = top_k, impl, compile, head_share
         self.options = options or RenderOptions()
-        self.tokens_per_batch = tokens_per_batch or _fitting_tokens(self.student)
+        freed = 0 if self.fp8 is None else self.fp8.held_bytes
+        self.tokens_per_batch = tokens_per_batch or _fitting_tokens(self.student, freed)
         if self.student.ranks is not None:
             self.tokens_per_batch = int(self.student.ranks.talk.least(torch.tensor(self.tokens_per_batch)))
         self.renderer = None
@@ -150,6 +166,34 @@ class Scorer:
                 vocab_size=self.student.vocab_size,
                 chat_template=chat_template,
             )
+
+    @property
+    def precision(self) -> str | None:
+        """What is in force beside the student's own dtype."""
+        return None if self.fp8 is None else "fp8"
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Of the fastest products that it takes; of those that only stand for FP8, the student's."""
+        return torch.float8_e4m3fn if self.fp8 is not None and self.impl != "torch" else self.student.dtype
+
+    def _take_precision(self, precision: str, impl: str, keep_own: bool) -> None:
+        from lark_fast.fp8 import Fp8Layers, fp8_fault
+
+        if precision != "fp8":
+            raise ValueError(f"precision={precision!r}: fp8, or None")
+        if self.student.ranks is not None or len(self.student.devices) > 1:
+            raise ValueError("precision='fp8' takes a student that is whole, on one device")
+        if self.student.quantised:
+            raise ValueError("precision='fp8' takes a student whose weights are not quantised already")
+        plain = impl == "torch"
+        self.precision_fault = fp8_fault(self.student.device, "torch" if plain else "auto")
+        if self.precision_fault is not None:
+            warnings.warn(f"precision='fp8': {self.precision_fault}; scored without", stacklevel=3)
+        elif self.student.dtype != torch.bfloat16 and not plain:
+            raise ValueError(f"precision='fp8' goes with dtype='bfloat16', not {self.student.dtype}")
+        else:
+            self.fp8 = Fp8Layers(self.student, impl="torch" if plain else "auto", keep=keep_own)
 
     @property
     def n_parameters(self) -> int:
@@ -196,7 +240,12 @@ class Scorer:
         top_k: int | None = None,
         **options: Any,
     ) -> "Scorer":
-        """Load a student as ``load_student`` does, an adapter on its base too; further arguments as for ``Scorer``."""
+        """Load a student as ``load_student`` does, an adapter on its base too; further arguments as for ``Scorer``.
+
+        With ``precision="fp8"``, dtype "auto" is bfloat16 on a GPU.
+        """
+        if options.get("precision") == "fp8" and dtype == "auto" and choose_device(device).type == "cuda":
+            dtype = "bfloat16"
         how = {"device": device, "dtype": dtype, "device_map": device_map, "tensor_parallel": tensor_parallel}
         student = load_student(path, base=base, **how)
         return cls(student, top_k=top_k, **options)
@@ -338,11 +387,12 @@ class Scorer:
         return Passes(self.student, **how)
 
 
-def _fitting_tokens(student: Student) -> int:
+def _fitting_tokens(student: Student, freed: int) -> int:
+    """Tokens of a pass; so many bytes on the device will be free by then."""
     if student.device.type != "cuda":
         return CPU_TOKENS_PER_BATCH
     gpus = [device for device in student.devices if device.type == "cuda"]
-    free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
+    free = freed + min(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
     footprint = Footprint.of(student.model)
     # Two passes are under way at a time, but the second begins where the first has left its memory.
     fitting = int((GPU_MEMORY_SHARE * free - footprint.head) / footprint.token)

@@ -38,6 +38,8 @@ from lark_fast.scoring.parts import (
 FORMAT = 1
 LARK_JSON = "lark_ghat.json"  # of ``export``; stale once the store changes
 
+NOTES = ("precision_cost",)  # in a manifest, measured once and never again
+
 Key = tuple[str, str]  # (problem_id, candidate_id)
 
 
@@ -65,6 +67,7 @@ class ScoreStore:
     def __init__(self, directory: str | Path, identity: dict[str, Any], *, overwrite: bool = False) -> None:
         self.directory, self.identity = Path(directory), identity
         self.manifest: dict[str, Any] = {"complete": False}
+        self._notes: dict[str, Any] = {}  # in every manifest from now on
         self._columns = schema_of(identity)
         self._windows: list[_Window] = []  # in hand, at least one, in the order of the pool
         self._written_early: set[Key] = set()  # rows of a journal that were in no window when it was closed
@@ -171,10 +174,16 @@ class ScoreStore:
             "complete": complete,
             "brier": "brier" if self.identity["top_k"] is None else "brier_topk",
             "identity": self.identity,
+            **self._notes,
             **facts,
         }
         write_json(self.manifest_path, self.manifest)
         return self.manifest
+
+    def note(self, **facts: Any) -> None:
+        """Facts of NOTES that outlive this run: later ones that go on here keep them."""
+        self._notes |= facts
+        self.write_manifest(complete=False)
 
     def _open(self, overwrite: bool) -> None:
         """Everything that needs the lock: check, clear, sweep, and take up the journal of a stopped run."""
@@ -182,6 +191,7 @@ class ScoreStore:
             self._clear()
         elif self.parts() or any(journal.stat().st_size for journal in self._journals()):
             self._refuse_another_identity(self.manifest["identity"])
+            self._notes = {name: self.manifest[name] for name in NOTES if name in self.manifest}
         for name in ("part-*.parquet", "manifest.json", "rejected.jsonl", LARK_JSON):
             for leftover in self.directory.glob(name + TEMPORARY_SUFFIX):
                 leftover.unlink()

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lark_fast.flop import with_prefix
 from lark_fast.pool.shares import Share
@@ -13,6 +13,9 @@ from lark_fast.scoring.delta import DELTA, Delta
 from lark_fast.scoring.estimate import ESTIMATED, Estimate
 from lark_fast.scoring.head_summary import HEAD_SUMMARY, HeadSummary
 from lark_fast.scoring.metrics import Account
+
+if TYPE_CHECKING:
+    from lark_fast.scoring.precision import Fp8Cost
 
 SHOWN_REJECTS = 3
 OF_PASSES = ("tokens_per_second", "ceiling_share", "device_busy_share", "writing_share", "padding_share")
@@ -44,6 +47,7 @@ class ScoreSummary:
     delta: Delta | None = None  # of two states of a student
     race: RaceOutcome | None = None
     sample: HeadSummary | None = None  # with --head-share
+    fp8: "Fp8Cost | None" = None  # as measured in this run
 
     records = _of_account("records")
     scored = _of_account("scored")
@@ -138,6 +142,8 @@ class ScoreSummary:
             ("padding", account.padding_share, f"{account.padding_share:.1%} of what went through the student"),
         ]
         known = [(name, text) for name, value, text in rows if math.isfinite(value)]
+        if self.fp8 is not None:
+            known.insert(1, ("in FP8", self.fp8.brief()))
         if account.local_tokens:
             known.append(("local scores", f"{account.local_tokens:,} tokens more passed through the student"))
         if account.out_of_memory:

@@ -219,6 +219,9 @@ class Team:
     def rounding_cost(self, config: ScoreConfig, items: Sequence[Trajectory]) -> None:
         """See ``Place``: it takes a process that has loaded the student twice."""
 
+    def fp8_cost(self, items: Sequence[Trajectory]) -> None:
+        """See ``Place``: as above."""
+
     @contextmanager
     def runner(self, local_steps: int | None, on_piece: OnPiece) -> Iterator["Team"]:
         """See ``Place``."""
@@ -302,6 +305,9 @@ class Team:
                 f"--devices: the student is in {facts.dtype} on {where} and in {self.facts.dtype} on others; "
                 "say which with --dtype"
             )
+        if facts.precision != self.facts.precision:
+            where = ready.where or member.asked.device
+            raise UserError(f"--devices: some can multiply in FP8 and some cannot ({where}); leave --precision away")
         member.facts, member.where = facts, ready.where
 
     def _refuse(self, member: _Member, reason: str) -> None:

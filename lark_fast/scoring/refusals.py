@@ -1,0 +1,56 @@
+"""What cannot be asked for together, of the options by which a run does less."""
+
+import os
+from typing import TYPE_CHECKING
+
+from lark_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from lark_fast.scoring.run import ScoreConfig
+
+
+def refuse_beside_race(config: "ScoreConfig") -> None:
+    """A race has one student in one process, and scores that are to be compared with nothing but each other.
+
+    Raises:
+        UserError: something was asked for that does not go with it.
+    """
+    if config.race is None:
+        return
+    apart = {
+        "--after": config.after is not None,
+        "--local-steps": config.local_steps is not None,
+        "--devices": config.devices is not None,
+        "--engine ray": config.engine == "ray",
+        "--shard": config.shard is not None,
+        "--export": config.export is not None,
+        "--head-share": config.head_share is not None,
+        "torchrun": "TORCHELASTIC_RUN_ID" in os.environ,
+    }
+    for name, asked in apart.items():
+        if asked:
+            raise UserError(f"--race does not go with {name}")
+
+
+def refuse_with_a_sample(config: "ScoreConfig") -> None:
+    """What ``--head-share`` does not go with.
+
+    Raises:
+        UserError: it was asked for.
+    """
+    if config.head_share is None:
+        return
+    wanted = f"--head-share {config.head_share:g}"
+    if not 0 < config.head_share < 1:
+        raise UserError(f"{wanted}: a share of the scored positions, above 0 and below 1; without it all are read")
+    for asked, fault in (
+        (config.per_token, "--per-token stores every token's statistics, and most tokens have none"),
+        (config.local_steps is not None, "--local-steps takes means over all tokens of a step"),
+        (
+            config.after is not None,
+            "--before and --after are compared on all tokens: a sample errs by more",
+        ),
+        (config.export is not None, f"--export {config.export} has no place for standard errors"),
+    ):
+        if asked:
+            raise UserError(f"{wanted}: {fault}; leave one of the two away")
