@@ -1,8 +1,9 @@
 """``python -m benchmarks.documents``: what is in docs/ and has figures in it.
 
 docs/results.md and docs/method.md, and their pictures, come from records alone, which ``benchmarks.evidence`` wrote and
-nobody edits: ``benchmarks/results/*/evidence-*.json``. docs/scale.md has the tables of ``benchmarks.scale``. Words
-around the figures are in ``docs/*.md.j2``. Tests render all of them again and compare.
+nobody edits: ``benchmarks/results/*/evidence-*.json``. docs/scale.md has the tables of ``benchmarks.scale``, and
+docs/less.md those of the newest records of ``benchmarks.fp8``, ``benchmarks.racing`` and ``benchmarks.head_sampling``.
+Words around the figures are in ``docs/*.md.j2``. Tests render all of them again and compare.
 """
 
 import json
@@ -30,8 +31,8 @@ from lark_fast.progress import duration
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, RECORDS = ROOT / "docs", "benchmarks/results/*/evidence-*.json"
-FROM_RECORDS, SCALE = ("results.md", "method.md"), "scale.md"
-DOCUMENTS = (*FROM_RECORDS, SCALE)
+FROM_RECORDS, SCALE, LESS = ("results.md", "method.md"), "scale.md", "less.md"
+DOCUMENTS = (*FROM_RECORDS, SCALE, LESS)
 
 
 def main() -> None:
@@ -86,7 +87,7 @@ def revive(kind: Any, value: Any) -> Any:
 
 
 def render(name: str, records: list[dict[str, Any]]) -> str:
-    """One of ``DOCUMENTS``; ``SCALE`` takes no records."""
+    """One of ``DOCUMENTS``; ``SCALE`` takes no records, and ``LESS`` its own."""
     environment = Environment(
         loader=FileSystemLoader(DOCS),
         undefined=StrictUndefined,
@@ -100,9 +101,20 @@ def render(name: str, records: list[dict[str, Any]]) -> str:
     if name == SCALE:
         assumed = {"passes": scale.Passes(), "fleet": scale.Fleet(), "seeds": scale.SEEDS}
         given = {"tables": scale.tables(), "plan": scale_plan, **assumed}
+    elif name == LESS:
+        given = {kind.replace("-", "_"): newest(kind) for kind in ("fp8", "racing", "head-sampling")}
     else:
         given = {"records": records, "first": records[0]}
     return environment.get_template(f"{name}.j2").render(given)
+
+
+def newest(kind: str) -> list[dict[str, Any]]:
+    """The newest record of a kind of each pool, as it was written, with its ``path``; by their pools' names."""
+    found = {}
+    for path in sorted(ROOT.glob(f"benchmarks/results/*/{kind}-*.json"), key=lambda path: path.name):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found[record["pool"]] = record | {"path": path.relative_to(ROOT).as_posix()}
+    return [found[pool] for pool in sorted(found)]
 
 
 def _percent(share: float) -> str:

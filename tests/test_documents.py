@@ -1,16 +1,16 @@
-"""docs/results.md and docs/method.md are what the records say, and say it for other records too."""
+"""docs/results.md, docs/method.md and docs/less.md are what the records say, and say it for other records too."""
 
 import json
 
 import pytest
 
-from benchmarks.documents import DOCS, FROM_RECORDS, read_record, read_records, render, revive
+from benchmarks.documents import DOCS, FROM_RECORDS, LESS, read_record, read_records, render, revive
 from lark_fast.diagnosis.measures import Measures, measure
 from lark_fast.files import without_nan
 from tests.test_diagnosis_measures import lines
 
 
-@pytest.mark.parametrize("name", FROM_RECORDS)
+@pytest.mark.parametrize("name", [*FROM_RECORDS, LESS])
 def test_committed_as_written(name):
     assert (DOCS / name).read_text(encoding="utf-8") == render(name, read_records()), "run `make docs`"
 
