@@ -146,7 +146,7 @@ def test_a_wrong_pack_would_be_noticed(name, fault, monkeypatch):
     scorer = Scorer(model)
     assert scorer.student.unpackable is None
     right = Student.hidden
-    monkeypatch.setattr(Student, "hidden", lambda self, ids, pack, places: right(self, *fault(ids, pack, places)))
+    monkeypatch.setattr(Student, "hidden", lambda self, ids, pack, places, _: right(self, *fault(ids, pack, places)))
     scores = in_one_row(scorer, items, range(len(items)))
     expected = one_by_one(model, items)
     assert max(abs(score.nll / nll - 1) for score, (nll, _) in zip(scores, expected, strict=True)) > 1e-2

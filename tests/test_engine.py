@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import GptOssConfig, MambaConfig
 
+from lark_fast.racing.outcome import RACE
 from lark_fast.scoring.delta import DELTA
 from lark_fast.scoring.engine import _Writer
 from lark_fast.scoring.head_summary import HEAD_SUMMARY
@@ -215,10 +216,11 @@ COUNTS = {"records": 98, "scored": 96, "kept": 0, "rejected": 2, "truncated": 0}
 # As README and ``ScoreSummary.as_json`` have them.
 RUN = {"out", "complete", "dry_run", "first_rejects", "rows", "problems", "not_finite", *COUNTS}
 RUN |= {f"paired_{name}" for name in DELTA}  # None: this is one student
+RUN |= {f"race_{name}" for name in RACE}  # None: nobody races
 RUN |= {f"sample_{name}" for name in HEAD_SUMMARY}  # None: all positions are read
 ACCOUNT = {
     *("seconds", "device_seconds", "waiting_seconds", "render_seconds", "write_seconds", "finish_seconds"),
-    *("rendered_tokens", "local_tokens", "head_tokens", "devices"),
+    *("rendered_tokens", "local_tokens", "passed_tokens", "head_tokens", "devices"),
     *("input_tokens", "scored_tokens", "padded_tokens", "packs", "out_of_memory", "lost_processes", "forward_flop"),
     *("tokens_per_second", "matmul_flop_per_second", "ceiling_share", "device_busy_share"),
     *("rendered_tokens_per_second", "writing_share", "padding_share"),

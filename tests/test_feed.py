@@ -96,6 +96,16 @@ if __name__ == "__main__":
 """
 
 
+THERE_BEFORE: set[psutil.Process] = set()  # what other tests of this process keep, such as ``forks``
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _there_before():
+    THERE_BEFORE.update(psutil.Process().children())
+    yield
+    THERE_BEFORE.clear()
+
+
 @pytest.fixture(autouse=True)
 def _nothing_hangs():
     def give_up(*_):
@@ -129,7 +139,9 @@ def small_chunks(monkeypatch):
 
 def children() -> list[psutil.Process]:
     # Python's own tracker, which any spawned process brings along, stays as long as its parent.
-    return [process for process in psutil.Process().children(recursive=True) if not is_tracker(process)]
+    own = [process for process in psutil.Process().children() if process not in THERE_BEFORE]
+    below = [process for child in own for process in child.children(recursive=True)]
+    return [process for process in (*own, *below) if not is_tracker(process)]
 
 
 def is_tracker(process: psutil.Process) -> bool:
