@@ -11,11 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
+from lark_fast.kernels.chi2 import TIE_SHARE_OF_SPREAD
 from lark_fast.racing.rules import RaceRules
 from lark_fast.scoring.metrics import json_number
 from lark_fast.scoring.parts import part_files, reading
-
-SAME = 1e-9  # of a problem's spread: energies that differ by less tie (see the selection)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +122,7 @@ def missed_winners(g_hat: ArrayLike, winner: ArrayLike, problem: ArrayLike) -> N
     least = np.full(len(numbers), np.inf)
     np.minimum.at(least, inverse[valid], g_hat[valid])
     spread = np.where(np.isfinite(highest), highest - least, 0.0)
-    return other > lowest + SAME * spread
+    return other > lowest + TIE_SHARE_OF_SPREAD * spread
 
 
 def proportion_interval(count: int, of: int, confidence: float = 0.95) -> tuple[float, float]:
