@@ -218,6 +218,7 @@ def test_selection(place, forks, raced, full):
         (("--race", 2, "--shard", "0/2"), "--race does not go with --shard"),
         (("--race", 2, "--local-steps", 1), "--race does not go with --local-steps"),
         (("--race", 2, "--export", "lark-json"), "--race does not go with --export"),
+        (("--race", 2, "--compile"), "--race does not go with --compile"),
     ],
 )
 def test_what_does_not_go_with_it(place, forks, more, said):
