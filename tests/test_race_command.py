@@ -131,20 +131,22 @@ def test_what_it_says(place, raced):
     assert told["race_audited"] == len(audited) > 0
 
 
-def test_the_same_bytes_again_and_after_kill_9(place, forks):
+def test_the_same_bytes_again_and_after_kill_9(place, forks, raced):
     def parts(out):
         return [part.read_bytes() for part in part_files(place / out)]
 
-    for out in ("again", "killed"):
-        if out == "killed":
-            run = forks.start(*score(place, place / out, "--race", 2))
-            while not any(journal.stat().st_size for journal in (place / out).glob("journal-*")):
-                assert run.poll() is None
-                time.sleep(0.002)
-            run.kill(signal.SIGKILL)
-            run.wait()
-        forks.run(*score(place, place / out, "--race", 2))
-    assert parts("again") == parts("killed") == parts("raced") if (place / "raced").exists() else True
+    run = forks.start(*score(place, place / "killed", "--race", 2))
+    while not any(journal.stat().st_size for journal in (place / "killed").glob("journal-*")):
+        assert run.poll() is None
+        time.sleep(0.002)
+    run.kill(signal.SIGKILL)
+    run.wait()
+    assert not parts("killed")  # the race of one problem at least was still to come
+    told = [
+        json.loads(forks.run(*score(place, place / out, "--race", 2, "--json")).stdout) for out in ("killed", "again")
+    ]
+    assert told[0]["scored"] < told[1]["scored"]
+    assert parts("again") == parts("killed") == parts("raced")
 
 
 def test_the_order_of_problems_is_nothing_to_it(place, forks, raced):
@@ -169,6 +171,13 @@ def test_without_keys_and_values_the_same_comes_out(place, forks, raced):
     for key, row in rows(place / "anew").items():
         assert row["n_raced"] == raced[0][key]["n_raced"]
         assert row["nll"] == pytest.approx(raced[0][key]["nll"], rel=1e-6)
+
+
+def test_a_pool_of_which_every_race_is_audited(place, forks, raced):
+    audited = {problem for problem, own in by_problem(raced[0]).items() if own[0]["audited"]}
+    write_jsonl(place / "audited.jsonl", [one for one in make_pool() if str(one["problem_id"]) in audited])
+    told = forks.run(*score(place, place / "audited", "--race", 2, pool="audited.jsonl")).stdout
+    assert f"race for 2: {len(audited)} problems, 100.0% of the scored tokens were scored, 0 candidates stopped" in told
 
 
 def test_risk_0_is_never_wrong(place, forks, full):

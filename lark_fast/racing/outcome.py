@@ -41,9 +41,10 @@ class RaceOutcome:
         """For people."""
         if not self.problems:
             return [f"race: no problem has more than {self.budget + 1} candidates, so none could be raced"]
+        in_races = "" if math.isnan(self.share_of_races) else f" ({self.share_of_races:.1%} in those that were raced)"
         lines = [
-            f"race for {self.budget}: {self.problems:,} problems, {self.share:.1%} of the scored tokens were scored "
-            f"({self.share_of_races:.1%} in those that were raced), {self.stopped:,} candidates stopped"
+            f"race for {self.budget}: {self.problems:,} problems, {self.share:.1%} of the scored tokens were scored"
+            f"{in_races}, {self.stopped:,} candidates stopped"
         ]
         if self.risk == 0:
             return [*lines, "risk 0: stopped by hard bounds alone"]
