@@ -248,6 +248,12 @@ def test_a_store_of_another_race_or_of_none(place, forks, raced, full):
         assert "race" in told.stderr
 
 
+def test_a_dry_run(place, forks):
+    told = forks.run(*score(place, place / "dry", "--race", 2, "--dry-run"))
+    assert "the estimate is of a run without --race" in told.stderr
+    assert not (place / "dry").exists()
+
+
 def test_candidates_that_do_not_lie_together(place, forks):
     records = list(make_pool())
     write_jsonl(place / "scattered.jsonl", records[1:] + records[:1])

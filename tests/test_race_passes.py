@@ -11,7 +11,7 @@ from lark_fast.racing.rules import RaceRules
 from lark_fast.scoring import forward
 from lark_fast.scoring.forward import Passes
 from lark_fast.student import Student
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_decoder, tiny_llama
 
 VOCABULARY, PROMPT, CANDIDATES = 101, 5, 8
 RULES = RaceRules(budget=1)
@@ -38,8 +38,10 @@ def candidates(problem):
     return made
 
 
-def passes_of(model, tokens_per_batch=300):
-    return Passes(Student(model), top_k=None, impl="auto", tokens_per_batch=tokens_per_batch)
+def passes_of(model, ahead=0):
+    passes = Passes(Student(model), top_k=None, impl="auto", tokens_per_batch=300)
+    passes.ahead = ahead  # 1: as on a GPU
+    return passes
 
 
 def raced(passes, problems=range(2), names=NAMES, looked_at=None):
@@ -75,8 +77,18 @@ def expected(model):
     return found
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_two_problems_take_turns_where_a_pass_is_on_its_way(model, expected, ahead):
+    first = []
+    found = raced(passes_of(model, ahead), looked_at=lambda before, *_: first.append(max(before) == 0))
+    assert_alike(found, expected)
+    # By turns, the first rounds of both come before the second one of either.
+    assert (first == sorted(first, reverse=True)) == bool(ahead)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("failing", [2, 5])
-def test_a_pass_that_is_done_again_has_left_nothing_behind(model, expected, failing, monkeypatch):
+def test_a_pass_that_is_done_again_has_left_nothing_behind(model, expected, failing, ahead, monkeypatch):
     # The last that a pass needs memory for; by then its layers have made all their keys and values.
     calls, reduce = [], forward.trajectory_reduce
 
@@ -86,7 +98,7 @@ def test_a_pass_that_is_done_again_has_left_nothing_behind(model, expected, fail
             raise torch.OutOfMemoryError("out of memory")
         return reduce(*arguments)
 
-    passes = passes_of(model)
+    passes = passes_of(model, ahead)
     assert passes.student.continues
     monkeypatch.setattr(forward, "trajectory_reduce", short)
     assert_alike(raced(passes), expected)
@@ -131,3 +143,21 @@ def test_where_a_candidate_does_not_fit_the_others_are_scored_in_full(model):
         if one is not None:
             n_tokens = lengths[number] - PROMPT
             assert (one.n_tokens, one.means["n_raced"], one.means["winner"]) == (n_tokens, n_tokens, None)
+
+
+@pytest.mark.parametrize("name", ["bloom", "mamba"])
+def test_students_that_have_padded_batches(name):
+    passes = passes_of(tiny_decoder(name, VOCABULARY).eval())
+    assert passes.student.unpackable is not None
+    made = candidates(0)
+    batch = passes.layout.prepare([Entrant(None, k) for k in range(CANDIDATES)], made)
+    exact = {
+        member.number: one.means["nll"]
+        for part, scored in passes.run([batch])
+        for member, one in zip(part.members, scored, strict=True)
+    }
+    entered = passes.layout.prepare([Entrant(NAMES[0], k) for k in range(CANDIDATES)], made)
+    ((batch, scored),) = RacePasses(passes, RULES).run([entered])
+    full = {k: one.means["nll"] for k, one in enumerate(scored) if one.means["n_raced"] == one.n_tokens}
+    assert len(full) >= 2
+    assert full == pytest.approx({k: exact[k] for k in full}, rel=1e-5)
