@@ -1,5 +1,6 @@
 """Passes of races: in pieces or again from the first token, and when the device's memory does not suffice."""
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from lark_fast.racing.rules import RaceRules
 from lark_fast.scoring import forward
 from lark_fast.scoring.forward import Passes
 from lark_fast.student import Student
-from tests.tiny import tiny_decoder, tiny_llama
+from tests.tiny import LONGROPE, tiny_decoder, tiny_llama
 
 VOCABULARY, PROMPT, CANDIDATES = 101, 5, 8
 RULES = RaceRules(budget=1)
@@ -49,7 +50,7 @@ def raced(passes, problems=range(2), names=NAMES, looked_at=None):
     entered = ([Entrant(names[problem], k) for k in range(CANDIDATES)] for problem in problems)
     batches = [passes.layout.prepare(of, candidates(p)) for p, of in zip(problems, entered, strict=True)]
     runner, found = RacePasses(passes, RULES, looked_at), {}
-    with passes.student.packing():
+    with passes.student.packing() if passes.layout.packed else nullcontext():
         for batch, scored in runner.run(batches):
             found |= dict(zip(batch.members, scored or [None] * len(batch.members), strict=True))
     assert len(found) == CANDIDATES * len(problems)
@@ -145,19 +146,29 @@ def test_where_a_candidate_does_not_fit_the_others_are_scored_in_full(model):
             assert (one.n_tokens, one.means["n_raced"], one.means["winner"]) == (n_tokens, n_tokens, None)
 
 
-@pytest.mark.parametrize("name", ["bloom", "mamba"])
-def test_students_that_have_padded_batches(name):
-    passes = passes_of(tiny_decoder(name, VOCABULARY).eval())
-    assert passes.student.unpackable is not None
-    made = candidates(0)
-    batch = passes.layout.prepare([Entrant(None, k) for k in range(CANDIDATES)], made)
-    exact = {
-        member.number: one.means["nll"]
-        for part, scored in passes.run([batch])
-        for member, one in zip(part.members, scored, strict=True)
-    }
-    entered = passes.layout.prepare([Entrant(NAMES[0], k) for k in range(CANDIDATES)], made)
-    ((batch, scored),) = RacePasses(passes, RULES).run([entered])
-    full = {k: one.means["nll"] for k, one in enumerate(scored) if one.means["n_raced"] == one.n_tokens}
-    assert len(full) >= 2
-    assert full == pytest.approx({k: exact[k] for k in full}, rel=1e-5)
+def in_full(passes, made):
+    """nll of each, by a run without races."""
+    groups = passes.layout.plan([len(ids) for ids, _ in made])
+    batches = [passes.layout.prepare(group, [made[k] for k in group]) for group in groups]
+    found = {}
+    with passes.student.packing() if passes.layout.packed else nullcontext():
+        for batch, scored in passes.run(batches):
+            found |= {k: one.means["nll"] for k, one in zip(batch.members, scored, strict=True)}
+    return found
+
+
+LONG = {"original_max_position_embeddings": 64}  # first pieces are shorter, whole candidates longer
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("bloom", {}), ("mamba", {}), ("phi3_longrope", {**LONG, "rope_parameters": LONGROPE | LONG})],
+)
+def test_students_whose_sequences_do_not_pass_in_pieces(name, changes):
+    passes = passes_of(tiny_decoder(name, VOCABULARY, **changes).eval())
+    assert not passes.student.continues
+    exact = in_full(passes, candidates(0))
+    found = {number: one for (_, number), one in raced(passes, [0]).items()}
+    known = {k: one.means["nll"] for k, one in found.items() if one.means["n_raced"] == one.n_tokens}
+    assert len(known) >= 2
+    assert known == pytest.approx({k: exact[k] for k in known}, rel=1e-5)
