@@ -180,6 +180,12 @@ def test_a_pool_of_which_every_race_is_audited(place, forks, raced):
     assert f"race for 2: {len(audited)} problems, 100.0% of the scored tokens were scored, 0 candidates stopped" in told
 
 
+def test_a_pool_without_a_race(place, forks):
+    write_jsonl(place / "few.jsonl", [one for one in make_pool() if one["candidate_id"] < 3])
+    told = forks.run(*score(place, place / "few", "--race", 2, pool="few.jsonl")).stdout
+    assert "race: none was run; it takes more than 3 candidates a problem" in told
+
+
 def test_risk_0_is_never_wrong(place, forks, full):
     forks.run(*score(place, place / "sure", "--race", 2, "--race-risk", 0))
     for problem, own in by_problem(rows(place / "sure")).items():

@@ -40,7 +40,10 @@ class RaceOutcome:
     def lines(self) -> list[str]:
         """For people."""
         if not self.problems:
-            return [f"race: no problem has more than {self.budget + 1} candidates, so none could be raced"]
+            return [
+                f"race: none was run; it takes more than {self.budget + 1} candidates a problem that differ, and "
+                "not too long for the student to read them in pieces"
+            ]
         in_races = "" if math.isnan(self.share_of_races) else f" ({self.share_of_races:.1%} in those that were raced)"
         lines = [
             f"race for {self.budget}: {self.problems:,} problems, {self.share:.1%} of the scored tokens were scored"
