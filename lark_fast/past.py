@@ -24,17 +24,16 @@ class Past:
 
     def __init__(self, grows: bool = True) -> None:
         self.length, self.grows = 0, grows
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # [G, length, d] and [G, length, e]
+        self._layers: dict[int, list[tuple[Tensor, Tensor]]] = {}  # a piece each: [G, t, d] and [G, t, e]
 
-    def of(self, layer: int, like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Those of a layer; ``like`` says of what kind none are."""
-        return self._layers.get(layer) or tuple(x[0, :, :0] for x in like)
+    def of(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        """Those of a layer, piece by piece."""
+        return self._layers.get(layer, [])
 
     def add(self, layers: dict[int, tuple[Tensor, Tensor]], n_tokens: int) -> None:
-        """The next tokens of the sequence."""
+        """The next tokens of the sequence; takes no memory of the device, so that it never fails halfway."""
         for layer, new in layers.items():
-            known = self._layers.get(layer)
-            self._layers[layer] = new if known is None else tuple(map(torch.cat, zip(known, new, strict=True), (1, 1)))
+            self._layers.setdefault(layer, []).append(new)
         self.length += n_tokens
 
     def clear(self) -> None:
@@ -63,7 +62,7 @@ class PackedPast:
         bounds = list(pairwise(self._pack.bounds))
         for past, new, (start, end) in zip(self._pasts, self._new, bounds, strict=False):
             own = key[0, :, start:end], value[0, :, start:end]
-            parts += [past.of(layer, (key, value)), own]
+            parts += [*past.of(layer), own]
             if past.grows:  # a copy, or the whole pack would stay
                 new[layer] = tuple(x.clone() for x in own)
         rest = bounds[len(self._pasts) :]  # what fills the pack up

@@ -131,20 +131,22 @@ def test_what_it_says(place, raced):
     assert told["race_audited"] == len(audited) > 0
 
 
-def test_the_same_bytes_again_and_after_kill_9(place, forks):
+def test_the_same_bytes_again_and_after_kill_9(place, forks, raced):
     def parts(out):
         return [part.read_bytes() for part in part_files(place / out)]
 
-    for out in ("again", "killed"):
-        if out == "killed":
-            run = forks.start(*score(place, place / out, "--race", 2))
-            while not any(journal.stat().st_size for journal in (place / out).glob("journal-*")):
-                assert run.poll() is None
-                time.sleep(0.002)
-            run.kill(signal.SIGKILL)
-            run.wait()
-        forks.run(*score(place, place / out, "--race", 2))
-    assert parts("again") == parts("killed") == parts("raced") if (place / "raced").exists() else True
+    run = forks.start(*score(place, place / "killed", "--race", 2))
+    while not any(journal.stat().st_size for journal in (place / "killed").glob("journal-*")):
+        assert run.poll() is None
+        time.sleep(0.002)
+    run.kill(signal.SIGKILL)
+    run.wait()
+    assert not parts("killed")  # the race of one problem at least was still to come
+    told = [
+        json.loads(forks.run(*score(place, place / out, "--race", 2, "--json")).stdout) for out in ("killed", "again")
+    ]
+    assert told[0]["scored"] < told[1]["scored"]
+    assert parts("again") == parts("killed") == parts("raced")
 
 
 def test_the_order_of_problems_is_nothing_to_it(place, forks, raced):
@@ -169,6 +171,19 @@ def test_without_keys_and_values_the_same_comes_out(place, forks, raced):
     for key, row in rows(place / "anew").items():
         assert row["n_raced"] == raced[0][key]["n_raced"]
         assert row["nll"] == pytest.approx(raced[0][key]["nll"], rel=1e-6)
+
+
+def test_a_pool_of_which_every_race_is_audited(place, forks, raced):
+    audited = {problem for problem, own in by_problem(raced[0]).items() if own[0]["audited"]}
+    write_jsonl(place / "audited.jsonl", [one for one in make_pool() if str(one["problem_id"]) in audited])
+    told = forks.run(*score(place, place / "audited", "--race", 2, pool="audited.jsonl")).stdout
+    assert f"race for 2: {len(audited)} problems, 100.0% of the scored tokens were scored, 0 candidates stopped" in told
+
+
+def test_a_pool_without_a_race(place, forks):
+    write_jsonl(place / "few.jsonl", [one for one in make_pool() if one["candidate_id"] < 3])
+    told = forks.run(*score(place, place / "few", "--race", 2, pool="few.jsonl")).stdout
+    assert "race: none was run; it takes more than 3 candidates a problem" in told
 
 
 def test_risk_0_is_never_wrong(place, forks, full):
@@ -218,6 +233,7 @@ def test_selection(place, forks, raced, full):
         (("--race", 2, "--shard", "0/2"), "--race does not go with --shard"),
         (("--race", 2, "--local-steps", 1), "--race does not go with --local-steps"),
         (("--race", 2, "--export", "lark-json"), "--race does not go with --export"),
+        (("--race", 2, "--compile"), "--race does not go with --compile"),
     ],
 )
 def test_what_does_not_go_with_it(place, forks, more, said):
@@ -236,6 +252,12 @@ def test_a_store_of_another_race_or_of_none(place, forks, raced, full):
     ):
         told = forks.run(*score(place, place / out, *more), code=2)
         assert "race" in told.stderr
+
+
+def test_a_dry_run(place, forks):
+    told = forks.run(*score(place, place / "dry", "--race", 2, "--dry-run"))
+    assert "the estimate is of a run without --race" in told.stderr
+    assert not (place / "dry").exists()
 
 
 def test_candidates_that_do_not_lie_together(place, forks):

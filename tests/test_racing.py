@@ -119,8 +119,11 @@ def test_copies_count_as_the_candidates_that_they_are():
 @pytest.mark.parametrize("risk", [0, 0.05])
 def test_numbers_that_are_none_stop_nobody(risk):
     problem = make_problem(5)
-    problem[2][2][7] = np.nan
-    assert (race(problem, budget=2, risk=risk).known == [len(x) for x in problem[0]]).all()
+    best = order(*problem[2:])[0]
+    problem[2][best][7] = np.nan
+    out = race(problem, budget=2, risk=risk)
+    assert (out.known == [len(x) for x in problem[0]]).all()
+    assert set(np.flatnonzero(out.winner)) == set(order(*problem[2:])[:2])  # of the others
 
 
 @settings(max_examples=60, deadline=None)
@@ -149,6 +152,17 @@ def test_hard_bounds_stop_who_has_no_chance():
     out = race((words, words, nll, brier), budget=1, risk=0)
     assert np.flatnonzero(out.winner).tolist() == order(nll, brier)[:1].tolist()
     assert out.known.sum() < 6 * 500
+
+
+@pytest.mark.parametrize("risk", [0, 0.05])
+def test_candidates_of_a_token_or_a_few(risk):
+    problem = [
+        [column[:length] for column, length in zip(part, (1, 1, 2, 33, 5, 31), strict=False)]
+        for part in make_problem(7)
+    ]
+    out = race(problem, [1, 2, 1, 1, 3, 1], budget=2, risk=risk)
+    assert np.isfinite([*out.nll, *out.brier]).all()
+    assert (out.known >= np.minimum(32, [len(x) for x in problem[0]])).all()
 
 
 def test_missed_winners():

@@ -11,11 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
+from lark_fast.kernels.chi2 import TIE_SHARE_OF_SPREAD
 from lark_fast.racing.rules import RaceRules
 from lark_fast.scoring.metrics import json_number
 from lark_fast.scoring.parts import part_files, reading
-
-SAME = 1e-9  # of a problem's spread: energies that differ by less tie (see the selection)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +40,14 @@ class RaceOutcome:
     def lines(self) -> list[str]:
         """For people."""
         if not self.problems:
-            return [f"race: no problem has more than {self.budget + 1} candidates, so none could be raced"]
+            return [
+                f"race: none was run; it takes more than {self.budget + 1} candidates a problem that differ, and "
+                "not too long for the student to read them in pieces"
+            ]
+        in_races = "" if math.isnan(self.share_of_races) else f" ({self.share_of_races:.1%} in those that were raced)"
         lines = [
-            f"race for {self.budget}: {self.problems:,} problems, {self.share:.1%} of the scored tokens were scored "
-            f"({self.share_of_races:.1%} in those that were raced), {self.stopped:,} candidates stopped"
+            f"race for {self.budget}: {self.problems:,} problems, {self.share:.1%} of the scored tokens were scored"
+            f"{in_races}, {self.stopped:,} candidates stopped"
         ]
         if self.risk == 0:
             return [*lines, "risk 0: stopped by hard bounds alone"]
@@ -123,7 +126,7 @@ def missed_winners(g_hat: ArrayLike, winner: ArrayLike, problem: ArrayLike) -> N
     least = np.full(len(numbers), np.inf)
     np.minimum.at(least, inverse[valid], g_hat[valid])
     spread = np.where(np.isfinite(highest), highest - least, 0.0)
-    return other > lowest + SAME * spread
+    return other > lowest + TIE_SHARE_OF_SPREAD * spread
 
 
 def proportion_interval(count: int, of: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -125,6 +125,8 @@ class RacePasses:
                     more = False
                 elif batch is None or batch.members[0].race is None:
                     yield batch
+                elif self.layout.border is not None and max(batch.lengths) > self.layout.border:
+                    self._score_in_full(batch)  # positions are scaled by the length, so a piece is not as in the whole
                 else:
                     self._heats.append(self._heat(batch))
             else:
@@ -200,7 +202,10 @@ class RacePasses:
             again = self._heat(batch)
             again.pasts = None
             self._heats.append(again)
-            return
+        else:
+            self._score_in_full(batch)
+
+    def _score_in_full(self, batch: Batch) -> None:
         for group in self.layout.plan(batch.lengths):
             members = [batch.members[place] for place in group]
             self._in_full.append(self.layout.prepare(members, [batch.sequences[place] for place in group]))

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lark_fast.racing.forecast import Forecast, Forecaster
 from lark_fast.racing.rules import FEWEST, RaceRules
+from lark_fast.scoring.learnability import g_hat
 
 MOST_BRIER = 2.0
 FURTHER = 0.2  # of their lengths, that those who have stopped are scored on where m has to be known better
@@ -73,8 +74,15 @@ class Race:
 
     def outcome(self) -> Outcome:
         """What is known at the end."""
-        forecast = self._forecast()
-        return Outcome(self.known.copy(), forecast.nll, forecast.brier, self._leaders(forecast.h, 0))
+        if self._finite():
+            forecast = self._forecast()
+            return Outcome(self.known.copy(), forecast.nll, forecast.brier, self._leaders(forecast.h, 0))
+        # All have been scored to their ends, and those whose numbers are none take no part.
+        owner = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        nll, brier = (np.bincount(owner, x) / self.lengths for x in (self._nll, self._brier))
+        of = np.repeat(np.arange(len(nll)), self._copies)
+        energies = g_hat(nll[of], brier[of], np.zeros(len(of)))[np.cumsum(self._copies) - 1]
+        return Outcome(self.known.copy(), nll, brier, self._leaders(energies, 0))
 
     def _forecast(self) -> Forecast:
         return self._forecaster(self.known, self._nll, self._brier)

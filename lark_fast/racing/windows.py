@@ -10,7 +10,7 @@ from lark_fast.errors import UserError
 from lark_fast.hashing import hash_fields
 from lark_fast.packing import windows
 from lark_fast.racing.rules import RaceRules
-from lark_fast.scoring.engine import Unit, Window
+from lark_fast.scoring.engine import Unit, Window, batches_in_full
 from lark_fast.scoring.feed import Trajectory, changed_text
 from lark_fast.scoring.layout import Layout
 from lark_fast.scoring.store import Key
@@ -32,7 +32,7 @@ def cut_race_windows(
     """As ``cut_windows``, for races.
 
     Candidates of a problem that the store has candidates of already are scored in full: the race has been run without
-    them.
+    them. The rows of a race come into a journal together, so that a journal with some of them has had no race.
 
     Args:
         feed, layout, unfinished, tokens_per_window: see ``cut_windows``.
@@ -44,30 +44,28 @@ def cut_race_windows(
     """
     cuts = windows(_problems(feed), max_tokens=tokens_per_window)
     for number, problems in enumerate(cuts):
-        races, others = [], []
+        races: list[list[Unit]] = []
+        others: list[list[Trajectory]] = []
         for items in problems:
             for item in items:
                 if item.key in unfinished and unfinished[item.key] != item.content_hash:
                     raise changed_text(item.source, item.line)
-            if all(item.key in unfinished for item in items):
-                continue
-            name = items[0].key[0]
+            name, done = items[0].key[0], [item.key in unfinished for item in items]
             twins: dict[bytes, list[Trajectory]] = {}
             for item in items:
                 twins.setdefault(item.token_hash, []).append(item)
-            raced = rules.races(len(items)) and len(twins) > 1 and problem_key(name) not in begun
-            units = [Unit(number, same, same[0].step_starts, name if raced else None) for same in twins.values()]
-            if raced:
-                races.append(units)
-            else:
-                others += units
-        plan = layout.plan([len(unit.trajectories[0].input_ids) for unit in others])
-        batches = [*races, *([others[place] for place in group] for group in plan)]
+            runs = rules.races(len(items)) and len(twins) > 1 and problem_key(name) not in begun
+            if runs and not any(done):
+                races.append([Unit(number, same, same[0].step_starts, name) for same in twins.values()])
+            elif not (runs and all(done)):
+                others += twins.values()
+        batches = [layout.prepare(units, [_tokens(unit) for unit in units]) for units in races]
+        batches += batches_in_full(others, layout, unfinished, number)
         flat = [item for items in problems for item in items]
         yield Window(
             number,
             [item.key for item in flat],
-            [layout.prepare(units, [_tokens(unit) for unit in units]) for units in batches],
+            batches,
             flat[0].position,
             flat[-1].position,
         )

@@ -37,6 +37,11 @@ def dry_run(config: "ScoreConfig", pool: Pool) -> ScoreSummary:
 
     if config.engine != "local":
         print("lark-fast: the estimate is of one device of this machine; a dry run asks no cluster", file=sys.stderr)
+    if config.race is not None:
+        print(
+            "lark-fast: the estimate is of a run without --race; what a race spares, the race alone tells",
+            file=sys.stderr,
+        )
     chosen = config.engine == "local" and config.devices
     devices = choose_devices(config.devices, config.device) if chosen else [config.device]
     scorer = load_scorer(replace(config, device=devices[0]))

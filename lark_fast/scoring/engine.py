@@ -119,20 +119,38 @@ def cut_windows(
             twins.setdefault(item.token_hash, []).append(item)
             if item.key in unfinished and unfinished[item.key] != item.content_hash:
                 raise changed_text(item.source, item.line)
-        # Planned with those that are done, so that a window that is taken up again has the same packs.
-        unique, batches = list(twins.values()), []
-        for group in layout.plan([len(same[0].input_ids) for same in unique]):
-            units, chosen = [], []
-            for first, *others in (unique[place] for place in group):
-                left = [item for item in (first, *others) if item.key not in unfinished]
-                if left:
-                    units.append(Unit(number, left, first.step_starts))
-                    asked = first.labels if head_share is None else draw(first.labels, first.token_hash, head_share)
-                    chosen.append((first.input_ids, asked))
-            if units:
-                batches.append(layout.prepare(units, chosen))
+        batches = batches_in_full(list(twins.values()), layout, unfinished, number, head_share)
         keys = [item.key for item in trajectories]
         yield Window(number, keys, batches, trajectories[0].position, trajectories[-1].position)
+
+
+def batches_in_full(
+    twins: Sequence[Sequence[Trajectory]],
+    layout: Layout,
+    unfinished: Mapping[Key, bytes],
+    number: int,
+    head_share: float | None = None,
+) -> list[Batch]:
+    """Passes over whole trajectories of a window, but for those that are done.
+
+    Args:
+        twins: trajectories with the same tokens, each of which is one sequence.
+        layout, unfinished, head_share: see ``cut_windows``.
+        number: the window's.
+    """
+    batches = []
+    # Planned with those that are done, so that a window that is taken up again has the same packs.
+    for group in layout.plan([len(same[0].input_ids) for same in twins]):
+        units, chosen = [], []
+        for first, *others in (twins[place] for place in group):
+            left = [item for item in (first, *others) if item.key not in unfinished]
+            if left:
+                units.append(Unit(number, left, first.step_starts))
+                asked = first.labels if head_share is None else draw(first.labels, first.token_hash, head_share)
+                chosen.append((first.input_ids, asked))
+        if units:
+            batches.append(layout.prepare(units, chosen))
+    return batches
 
 
 @dataclass(slots=True, eq=False)

@@ -180,13 +180,14 @@ class Passes:
     def _launch(self, batch: Batch) -> "_Pending":
         clock = _Clock(self.student.head_device)
         inputs = batch.on(self.student.device, self.student.head_device)
-        return _Pending(batch, self._numbers(batch, inputs), inputs.ends, clock)
+        pending = _Pending(batch, self._numbers(batch, inputs), inputs.ends, clock)
+        if inputs.past is not None:  # not before all has had the memory it needs: the pass may have to be done again
+            inputs.past.commit()
+        return pending
 
     def _numbers(self, batch: Batch, inputs: Inputs) -> "Numbers":
         """Everything that a pass comes to, on the student's device."""
         stats = self._stats(self.student, inputs, self.top_k)
-        if inputs.past is not None:  # not before the head too has had the memory it needs
-            inputs.past.commit()
         return Numbers(stats, columns_of(trajectory_reduce(stats, inputs.ends)))
 
     def _stats(self, student: Student, inputs: Inputs, top_k: int | None) -> TokenStats:

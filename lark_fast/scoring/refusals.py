@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 
 def refuse_beside_race(config: "ScoreConfig") -> None:
-    """A race has one student in one process, and scores that are to be compared with nothing but each other.
+    """A race has one student in one process, passes of every size, and scores that are to be compared with nothing but
+    each other.
 
     Raises:
         UserError: something was asked for that does not go with it.
@@ -25,6 +26,7 @@ def refuse_beside_race(config: "ScoreConfig") -> None:
         "--shard": config.shard is not None,
         "--export": config.export is not None,
         "--head-share": config.head_share is not None,
+        "--compile": config.compile,  # its passes are filled up to one shape, and pieces are small
         "torchrun": "TORCHELASTIC_RUN_ID" in os.environ,
     }
     for name, asked in apart.items():
