@@ -200,11 +200,20 @@ def test_candidates_that_come_later_are_scored_in_full(place, forks):
     write_jsonl(place / "growing.jsonl", [record for record in records if record not in late])
     forks.run(*score(place, place / "grown", "--race", 2, pool="growing.jsonl"))
     before = rows(place / "grown")
+    # One has the tokens of a candidate that was stopped: they have one number, and are told to have the same.
+    stopped = next(key for key, row in before.items() if row["n_raced"] < row["n_tokens"] and not row["audited"])
+    twin = next(record for record in records if (str(record["problem_id"]), str(record["candidate_id"])) == stopped)
+    place_of_twin = 1 + max(n for n, record in enumerate(records) if record["problem_id"] == twin["problem_id"])
+    records.insert(place_of_twin, twin | {"candidate_id": "twin"})
     write_jsonl(place / "growing.jsonl", records)
     forks.run(*score(place, place / "grown", "--race", 2, pool="growing.jsonl"))
     after = rows(place / "grown")
     assert len(after) == len(records)
-    for key in after.keys() - before.keys():
+    late_twin = (stopped[0], "twin")
+    assert [after[late_twin][name] for name in ("nll", "g_hat", "n_raced")] == [
+        after[stopped][name] for name in ("nll", "g_hat", "n_raced")
+    ]
+    for key in after.keys() - before.keys() - {late_twin}:
         assert after[key]["n_raced"] == after[key]["n_tokens"]
         assert after[key]["winner"] is None
     assert all(after[key]["n_raced"] == row["n_raced"] for key, row in before.items())

@@ -108,7 +108,7 @@ def _rewrite(
     steps: int | None,
 ) -> None:
     """Give every part its final columns. Rows with the tokens of an earlier candidate take that one's numbers."""
-    shared = [name for name in STATISTICS if name in final.names]
+    shared = [name for name in (*STATISTICS, "n_raced") if name in final.names]
     wanted = set(origin.values())
     numbers: dict[int, tuple[float, ...]] = {}
     start = 0
@@ -127,7 +127,7 @@ def _rewrite(
         if "rho_measured" in final.names:
             columns["rho_measured"] = measured_rate(columns["nll"], columns["nll_after"], steps)
         if not _holds(table, columns, final):
-            made = [pa.array(columns[n], pa.float64()) if n in columns else table[n] for n in final.names]
+            made = [pa.array(columns[n], final.field(n).type) if n in columns else table[n] for n in final.names]
             write_part(part, pa.table(made, schema=final))
         start += size
 
