@@ -176,7 +176,7 @@ def told(tmp_path):
 
 
 def test_fifty_kills_and_bit_for_bit_an_uninterrupted_run(tmp_path, forks, student, told):
-    pool, whole, out = write_pool(tmp_path / "pool.jsonl", 600), tmp_path / "whole", tmp_path / "s"
+    pool, whole, out = write_pool(tmp_path / "pool.jsonl", 500), tmp_path / "whole", tmp_path / "s"
     forks.run(*score(pool, student, whole), before=QUICK)
     chance, expected = random.Random(0), rows_of(whole)
     there, in_window = {}, 0
