@@ -10,7 +10,6 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from benchmarks import baselines
 from benchmarks.passes import record
+from benchmarks.record_head import record_head
 from benchmarks.workload import QWEN_HALF_B, QWEN_VOCABULARY, llama_config, student
 from lark_fast import Scorer
 from lark_fast.files import write_json
@@ -33,7 +32,6 @@ from lark_fast.scoring.agreement import Scores, agreement
 from lark_fast.scoring.head_sampling import estimate, n_drawn, sample_rows, strata
 from lark_fast.scoring.learnability import g_hat, g_hat_se
 from lark_fast.scoring.scorer import TrajectoryStats
-from lark_fast.versions import versions
 
 SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 TIMED_ANSWERS, TIMED_PROMPT, TIMED_ROUNDS = (512, 512), 64, 3  # tokens; rounds, of which the quickest counts
@@ -53,13 +51,7 @@ def main() -> None:
     half_b = _half_b_cost()
     costs = {"student": ForwardCost.of(scorer.student.model), "half_b": half_b}
     made = {
-        "device": baselines.device_name(),
-        "versions": versions("torch", "transformers", "numpy"),
-        "date": date.today().isoformat(),
-        "commit": options.commit,
-        "student": Path(options.student).name,
-        "pool": Path(options.pool).name,
-        "max_length": options.max_length,
+        **record_head(options),
         "problems": len(set(problem)),
         "trajectories": len(records),
         "input_tokens": sum(one.n_input_tokens for one in scored),

@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from benchmarks import baselines
+from benchmarks.record_head import record_head
 from lark_fast.batch import Targets
 from lark_fast.files import write_json
 from lark_fast.flop import ForwardCost
@@ -32,7 +31,6 @@ from lark_fast.scoring.agreement import Scores, agreement
 from lark_fast.scoring.learnability import g_hat
 from lark_fast.scoring.parts import part_files
 from lark_fast.student import load_student
-from lark_fast.versions import versions
 
 RISKS = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5)
 
@@ -82,13 +80,7 @@ def main() -> None:
     cost = ForwardCost.of(load_student(options.student, device="cpu", dtype="float32", tokenizer=False).model)
     candidates = [one for own in problems.values() for one in own]
     made = {
-        "device": baselines.device_name(),
-        "versions": versions("torch", "transformers", "numpy"),
-        "date": date.today().isoformat(),
-        "commit": options.commit,
-        "student": Path(options.student).name,
-        "pool": Path(options.pool).name,
-        "max_length": options.max_length,
+        **record_head(options),
         "problems": len(problems),
         "candidates": len(candidates),
         "scored_tokens": sum(len(one.nll) for one in candidates),
