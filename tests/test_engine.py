@@ -18,7 +18,7 @@ from lark_fast.scoring.learnability import g_hat
 from lark_fast.scoring.metrics import Account
 from lark_fast.scoring.parts import part_files, schema
 from lark_fast.scoring.store import read_manifest
-from tests.command import make_records, run, write_jsonl, write_student
+from tests.command import STOP, make_records, run, write_jsonl, write_student
 from tests.score_rows import table
 from tests.templates import CHATML
 from tests.tiny import byte_level_tokenizer
@@ -72,21 +72,11 @@ def test_workers_and_batches_change_no_score(tmp_path, forks, pool, student):
             assert table(out).equals(table(base)), "the same packs: bit for bit"
     # A run goes on with other packs, in the middle of a window.
     out = tmp_path / "cut"
-    stop = """
-from lark_fast.scoring.forward import Passes
-launch, n = Passes._launch, 0
-def stopping(self, batch):
-    global n
-    n += 1
-    n == 7 and os.kill(os.getpid(), 15)
-    return launch(self, batch)
-Passes._launch = stopping
-"""
     arguments = words(pool, student, out, "--per-token", "--tokens-per-batch", 256)
-    forks.run(*arguments, code=130, before=SMALL_WINDOWS + stop)
+    forks.run(*arguments, code=130, before=SMALL_WINDOWS + STOP)
     assert part_files(out)
     assert list(out.glob("journal-*"))
-    forks.run(*arguments[:-1], 300, code=130, before=SMALL_WINDOWS + stop)
+    forks.run(*arguments[:-1], 300, code=130, before=SMALL_WINDOWS + STOP)
     forks.run(*arguments[:-1], 64, before=SMALL_WINDOWS)
     close_to(out, base, (*STATISTICS, *tokens))
     assert not list(out.glob("journal-*"))

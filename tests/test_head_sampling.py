@@ -14,7 +14,7 @@ from lark_fast.scoring.learnability import g_hat, g_hat_se
 from lark_fast.scoring.paired import PairedScorer
 from lark_fast.scoring.parts import SAMPLED, part_files, schema_of
 from lark_fast.scoring.store import read_manifest
-from tests.command import Forks, make_records, write_jsonl, write_student
+from tests.command import STOP, Forks, make_records, write_jsonl, write_student
 from tests.score_rows import IDENTITY, go_on, row, table
 from tests.templates import CHATML
 from tests.tiny import byte_level_tokenizer, tiny_llama
@@ -245,16 +245,6 @@ class TestScorer:
 
 QUICK = "import math, os, lark_fast.flop as f, lark_fast.packing as p; f.matmul_ceiling = lambda *_: math.nan\n"
 SMALL_WINDOWS = QUICK + "p.CPU_WINDOW_FLOP = 0\n"  # of four packs
-STOP = """
-from lark_fast.scoring.forward import Passes
-launch, n = Passes._launch, 0
-def stopping(self, batch):
-    global n
-    n += 1
-    n == 7 and os.kill(os.getpid(), 15)
-    return launch(self, batch)
-Passes._launch = stopping
-"""
 
 
 @pytest.fixture(scope="module")
