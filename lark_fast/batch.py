@@ -53,6 +53,8 @@ class Batch:
         n_scored: N.
         pasts: of a pack: what each sequence goes on from, and leaves its own tokens in where it says so; None: they
             begin here, and leave nothing.
+        hidden: hidden states that an earlier pass has made, a sequence's one behind another's, ``[n, D]`` each; the
+            sequences have no tokens then, and the head alone is run. None: they are made here.
     """
 
     members: Sequence[Any]
@@ -63,6 +65,7 @@ class Batch:
     numbers: Tensor
     n_scored: int
     pasts: Sequence[Past] | None = None
+    hidden: Sequence[Tensor] | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -98,14 +101,15 @@ class Batch:
         ids, places, bounds, rows, targets, ends = self.numbers.to(device, non_blocking=True).split(sizes)
         rows, targets, ends = (part.to(head_device or device, non_blocking=True) for part in (rows, targets, ends))
         if self.bounds is None:
-            return Inputs(ids.view(self.shape), None, None, rows, targets, ends, None)
+            hidden = None if self.hidden is None else torch.cat(list(self.hidden))
+            return Inputs(ids.view(self.shape), None, None, rows, targets, ends, None, hidden)
         longest = max(end - start for start, end in itertools.pairwise(self.bounds))
         pack = Pack(self.bounds, bounds.to(torch.int32), longest)
         past = None
         if self.pasts is not None:
             pack = with_pasts(pack, self.pasts)
             past = PackedPast(self.pasts, pack)
-        return Inputs(ids.view(self.shape), pack, places.view(self.shape), rows, targets, ends, past)
+        return Inputs(ids.view(self.shape), pack, places.view(self.shape), rows, targets, ends, past, None)
 
 
 class Inputs(NamedTuple):
@@ -118,6 +122,7 @@ class Inputs(NamedTuple):
     targets: Tensor  # [N]
     ends: Tensor  # [S + 1]
     past: PackedPast | None
+    hidden: Tensor | None  # [n, D] of the head alone
 
 
 def make_batch(
@@ -168,6 +173,26 @@ def make_batch(
     numbers = torch.from_numpy(np.concatenate([*parts, rows, targets, ends]))
     numbers = _pinned(numbers) if pinned else numbers
     return Batch(members, sequences, lengths, shape, bounds, numbers, len(rows), pasts)
+
+
+def make_reading(
+    members: Sequence[Any], hidden: Sequence[Sequence[Tensor]], words: Sequence[NDArray[np.int64]], *, pinned: bool
+) -> Batch:
+    """A pass of the head alone, over hidden states that an earlier pass has made.
+
+    Args:
+        members: what the caller calls the sequences.
+        hidden: of each, ``[n, D]`` a pass that has made them.
+        words: of each, ``[n]`` the words that they predict.
+        pinned: see ``make_batch``.
+    """
+    counts = [len(own) for own in words]
+    ends = np.cumsum([0, *counts])
+    numbers = torch.from_numpy(np.concatenate([np.arange(ends[-1]), *words, ends]))
+    sequences = [(words[0][:0], Targets(np.arange(len(own)), own)) for own in words]
+    parts = [part for own in hidden for part in own]
+    numbers = _pinned(numbers) if pinned else numbers
+    return Batch(members, sequences, [0] * len(counts), (1, 0), None, numbers, int(ends[-1]), hidden=parts)
 
 
 def _pinned(numbers: Tensor) -> Tensor:

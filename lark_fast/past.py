@@ -2,13 +2,17 @@
 
 A piece sees the pieces before it through them, so that a trajectory of which the first tokens have been scored goes on
 where it stopped. Their order inside a pass is that of the pack: of each sequence, the earlier ones and then its own.
+
+Hidden states stay where a head has passed over tokens that it may read later.
 """
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lark_fast.attention import Pack
@@ -20,10 +24,14 @@ class Past:
     Attributes:
         length: of how many tokens.
         grows: the next tokens are to stay as well; else they are the last.
+        keeps: of the next tokens, ``[n]``, those whose hidden states are to stay.
+        kept: those that have, ``[n, D]`` a pass.
     """
 
     def __init__(self, grows: bool = True) -> None:
         self.length, self.grows = 0, grows
+        self.keeps: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self.kept: list[Tensor] = []
         self._layers: dict[int, list[tuple[Tensor, Tensor]]] = {}  # a piece each: [G, t, d] and [G, t, e]
 
     def of(self, layer: int) -> list[tuple[Tensor, Tensor]]:
@@ -37,7 +45,7 @@ class Past:
         self.length += n_tokens
 
     def clear(self) -> None:
-        """Let go of the memory; the sequence goes on no more."""
+        """Let go of the keys and values; the sequence goes on no more."""
         self._layers.clear()
 
 
@@ -55,6 +63,7 @@ class PackedPast:
     def __init__(self, pasts: Sequence[Past], pack: Pack) -> None:
         self._pasts, self._pack = pasts, pack
         self._new: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in pasts]
+        self._hidden: list[Tensor] = []
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """The keys and values of a layer's new tokens, ``[1, G, T, d]``; returns all that these may see."""
@@ -73,8 +82,19 @@ class PackedPast:
         """Places are told to the model, so nothing follows from it."""
         return 0
 
+    def keep(self, hidden: Tensor) -> None:
+        """The hidden states of the pass, ``[1, T, D]``, of which some are to stay."""
+        rows = [start + past.keeps for past, start in zip(self._pasts, self._pack.bounds, strict=False)]
+        counts = [len(own) for own in rows]
+        if any(counts):
+            chosen = torch.from_numpy(np.concatenate(rows)).to(hidden.device, non_blocking=True)
+            self._hidden = [own.clone() for own in hidden[0].index_select(0, chosen).split(counts)]
+
     def commit(self) -> None:
         """The pass has come to its end: the sequences have its tokens behind them."""
+        for past, hidden in zip(self._pasts, self._hidden, strict=False):
+            if len(hidden):
+                past.kept.append(hidden)
         for past, new, (start, end) in zip(self._pasts, self._new, pairwise(self._pack.bounds), strict=False):
             if past.grows:
                 past.add(new, end - start)

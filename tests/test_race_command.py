@@ -186,6 +186,43 @@ def test_a_pool_without_a_race(place, forks):
     assert "race: none was run; it takes more than 3 candidates a problem" in told
 
 
+@pytest.fixture(scope="module")
+def sampled(place, forks):
+    told = forks.run(*score(place, place / "sampled", "--race", 2, "--race-risk", 0.2, "--head-share", 0.5, "--json"))
+    return rows(place / "sampled"), json.loads(told.stdout)
+
+
+def test_a_race_with_a_sample_reads_winners_in_full(place, forks, full, sampled):
+    found, told = sampled
+    for key, row in found.items():
+        assert row["n_head"] <= (row["n_tokens"] if row["audited"] else row["n_raced"])
+        if row["audited"] or row["winner"] is None or row["n_head"] == row["n_tokens"]:
+            assert row["n_head"] == row["n_tokens"]
+            for name in ("nll", "brier", "entropy", "rank_mean", "rsr"):
+                assert row[name] == pytest.approx(full[key][name], rel=1e-6)
+        else:
+            assert not row["winner"]
+            assert row["nll"] == pytest.approx(full[key]["nll"], rel=0.2)  # a forecast
+    read = sum(row["n_head"] for row in found.values())
+    assert told["head_tokens"] == read < told["race_share"] * told["scored_tokens"]
+    assert told["race_head_share"] == pytest.approx(read / told["scored_tokens"])
+    assert "nll_se" not in next(iter(found.values()))  # forecasts have no standard error of a sample
+
+
+def test_a_race_with_a_sample_comes_to_the_same_bytes_after_kill_9(place, forks, sampled):
+    asked = score(place, place / "sampled-killed", "--race", 2, "--race-risk", 0.2, "--head-share", 0.5)
+    run = forks.start(*asked)
+    while not any(journal.stat().st_size for journal in (place / "sampled-killed").glob("journal-*")):
+        assert run.poll() is None
+        time.sleep(0.002)
+    run.kill(signal.SIGKILL)
+    run.wait()
+    told = forks.run(*asked).stdout
+    assert "met the head" in told
+    bytes_of = [[part.read_bytes() for part in part_files(place / out)] for out in ("sampled", "sampled-killed")]
+    assert bytes_of[0] == bytes_of[1]
+
+
 def test_risk_0_is_never_wrong(place, forks, full):
     forks.run(*score(place, place / "sure", "--race", 2, "--race-risk", 0))
     for problem, own in by_problem(rows(place / "sure")).items():
@@ -243,6 +280,9 @@ def test_selection(place, forks, raced, full):
         (("--race", 2, "--local-steps", 1), "--race does not go with --local-steps"),
         (("--race", 2, "--export", "lark-json"), "--race does not go with --export"),
         (("--race", 2, "--compile"), "--race does not go with --compile"),
+        (("--race", 2, "--head-share", 1.5), "--head-share 1.5: a share of the scored positions"),
+        (("--race", 2, "--head-share", 0.5, "--race-risk", 0), "--head-share 0.5: does not go with --race-risk 0"),
+        (("--race", 2, "--head-share", 0.5, "--per-token"), "--head-share 0.5: --per-token stores every token's"),
     ],
 )
 def test_what_does_not_go_with_it(place, forks, more, said):
@@ -256,6 +296,7 @@ def test_a_store_of_another_race_or_of_none(place, forks, raced, full):
     for out, more in (
         ("raced", ("--race", 3)),
         ("raced", ("--race", 2, "--race-risk", 0.1)),
+        ("raced", ("--race", 2, "--head-share", 0.5)),
         ("raced", ()),
         ("full", ("--race", 2)),
     ):

@@ -27,6 +27,10 @@ class Entrant(NamedTuple):
     number: int
     copies: int = 1
 
+    @property
+    def token_hash(self):
+        return self.number.to_bytes(16)
+
 
 def candidates(problem):
     """Some easy and some hard, of 60 to 130 tokens."""
@@ -45,11 +49,11 @@ def passes_of(model, ahead=0):
     return passes
 
 
-def raced(passes, problems=range(2), names=NAMES, looked_at=None):
+def raced(passes, problems=range(2), names=NAMES, looked_at=None, rules=RULES):
     """What came of each candidate, by problem and number; None where it could not be scored."""
     entered = ([Entrant(names[problem], k) for k in range(CANDIDATES)] for problem in problems)
     batches = [passes.layout.prepare(of, candidates(p)) for p, of in zip(problems, entered, strict=True)]
-    runner, found = RacePasses(passes, RULES, looked_at), {}
+    runner, found = RacePasses(passes, rules, looked_at), {}
     with passes.student.packing() if passes.layout.packed else nullcontext():
         for batch, scored in runner.run(batches):
             found |= dict(zip(batch.members, scored or [None] * len(batch.members), strict=True))
@@ -76,6 +80,62 @@ def expected(model):
     assert max(starts) > 0  # pieces went on from those before them
     assert any(one.means["n_raced"] < one.n_tokens for one in found.values())
     return found
+
+
+SAMPLED = RaceRules(budget=1, risk=0.3, head_share=0.5)
+
+
+@pytest.fixture(scope="module")
+def sampled(model):
+    """With a sample of positions, and how many pieces began where, of how many tokens, with how many that are scored"""
+    passes = []
+    found = raced(passes_of(model), looked_at=lambda *piece: passes.append(piece), rules=SAMPLED)
+    return found, passes
+
+
+def test_with_a_sample_winners_are_read_in_full_without_another_pass(model, sampled):
+    found, passes = sampled
+    heads_alone = [n_scored for _, lengths, n_scored in passes if not any(lengths)]
+    assert sum(heads_alone) > 0
+    assert sum(n_scored for *_, n_scored in passes) == sum(one.n_head for one in found.values())
+    for problem, name in enumerate(NAMES):
+        exact = in_full(passes_of(model), candidates(problem))
+        own = {number: one for (race, number), one in found.items() if race == name}
+        known = {k: one.means["nll"] for k, one in own.items() if one.n_head == one.n_tokens}
+        assert len(known) >= 2
+        assert known == pytest.approx({k: exact[k] for k in known}, rel=2e-6)
+        assert {k for k, one in own.items() if one.means["winner"]} <= known.keys()
+        for k, one in own.items():
+            assert one.n_head <= one.means["n_raced"] <= one.n_tokens
+            if k in known:
+                np.testing.assert_allclose(one.tokens.nll.double().mean(), exact[k], rtol=2e-6)
+    assert any(one.n_head < one.means["n_raced"] for one in found.values())
+
+
+def test_with_a_sample_and_without_keys_and_values_the_same_comes_out(model, sampled, monkeypatch):
+    monkeypatch.setattr("lark_fast.racing.passes.PAST_MEMORY_SHARE", 0.0)
+    passes = []
+    found = raced(passes_of(model), looked_at=lambda *piece: passes.append(piece), rules=SAMPLED)
+    assert_alike(found, sampled[0])
+    assert all(not any(starts) and all(lengths) for starts, lengths, _ in passes)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("failing", [2, 9, "the head alone", "the head alone, always"])
+def test_with_a_sample_a_pass_that_is_done_again_has_left_nothing_behind(model, sampled, failing, ahead, monkeypatch):
+    calls, passes = [], passes_of(model, ahead)
+    numbers = passes._numbers
+
+    def short(batch, inputs):
+        made = numbers(batch, inputs)
+        calls.append(batch.hidden is not None)
+        alone = calls[-1] and (calls.count(True) == 1 or failing == "the head alone, always")
+        if len(calls) == failing or (isinstance(failing, str) and alone):
+            raise torch.OutOfMemoryError("out of memory")
+        return made
+
+    monkeypatch.setattr(passes, "_numbers", short)
+    assert_alike(raced(passes, rules=SAMPLED), sampled[0])
 
 
 @pytest.mark.parametrize("ahead", [0, 1])

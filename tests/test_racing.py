@@ -11,18 +11,24 @@ from lark_fast.racing.forecast import Forecaster
 from lark_fast.racing.outcome import missed_winners, proportion_interval
 from lark_fast.racing.race import Race, replay
 from lark_fast.racing.rules import RaceRules
+from lark_fast.scoring.head_sampling import sample_rows
 from tests.races import make_problem, order
 
 
-def race(problem, copies=None, **rules):
+def race(problem, copies=None, samples=None, **rules):
     words, before, nll, brier = problem
-    entered = Race(words, before, np.ones(len(words), int) if copies is None else copies, RaceRules(**rules))
-    return replay(entered, nll, brier)
+    copies = np.ones(len(words), int) if copies is None else copies
+    return replay(Race(words, before, copies, RaceRules(**rules), samples=samples), nll, brier)
+
+
+def samples_of(problem, share):
+    return [sample_rows(len(own), share, k.to_bytes(16)) for k, own in enumerate(problem[0])]
 
 
 def forecast(problem, known):
     words, before, nll, brier = problem
-    return Forecaster(words, before, np.ones(len(words)))(np.array(known), np.concatenate(nll), np.concatenate(brier))
+    seen = np.concatenate([np.arange(len(own)) < n for own, n in zip(words, known, strict=True)])
+    return Forecaster(words, before, np.ones(len(words)))(seen, np.concatenate(nll), np.concatenate(brier))
 
 
 def test_what_is_known_is_not_forecast():
@@ -98,6 +104,49 @@ def test_it_spares_tokens_and_finds_the_best(budget):
     assert spent < 0.75 * total
 
 
+@pytest.mark.parametrize("share", [0.5, 0.2])
+def test_with_a_sample_the_head_reads_less_and_the_best_are_found(share):
+    wrong = read = reached = total = 0
+    for seed in range(60):
+        problem = make_problem(seed, candidates=16, shortest=200, longest=500, apart=0.3)
+        samples = samples_of(problem, share)
+        out = race(problem, samples=samples, budget=3, risk=0.05)
+        lengths = np.array([len(x) for x in problem[0]])
+        wrong += set(order(*problem[2:])[:3]) != set(np.flatnonzero(out.winner))
+        read, reached, total = read + out.known.sum(), reached + out.reached.sum(), total + lengths.sum()
+        first = np.argsort(-(2 * out.brier - out.brier.sum() / out.nll.sum() * out.nll))[:4]
+        assert set(np.flatnonzero(out.winner)) <= set(first)
+        assert (out.known == lengths)[first].all()  # winners, and who sets their threshold
+        for k in np.flatnonzero(out.known < out.reached):  # of the others only what the sample has
+            assert out.known[k] == np.count_nonzero(samples[k] < out.reached[k])
+    assert wrong <= 6  # 3 expected at most
+    assert read < 0.9 * reached
+    assert reached < 0.95 * total
+
+
+def test_what_the_head_has_passed_over_is_forecast_as_what_is_to_come():
+    scaled = []
+    for seed in range(40):
+        words, before, nll, brier = make_problem(seed, candidates=10, shortest=150, longest=300)
+        made, values = Forecaster(words, before, np.ones(10)), (np.concatenate(nll), np.concatenate(brier))
+        seen = np.random.default_rng(seed).random(len(values[0])) < 0.3
+        exact, ours = made(np.ones(len(seen), bool), *values), made(seen, *values)
+        m = exact.brier.sum() / exact.nll.sum()
+        scaled.append((2 * ours.brier - m * ours.nll - exact.h) / ours.sd)
+        hidden = [np.where(seen, x, 1e6) for x in values]
+        np.testing.assert_array_equal(made(seen, *hidden).h, ours.h)
+    assert 0.7 < np.std(np.concatenate(scaled)) < 1.3
+
+
+@pytest.mark.parametrize("sampled", [[0], [5, 6], [*range(300)]])
+def test_samples_of_a_token_or_all_come_to_an_end(sampled):
+    problem = make_problem(8, candidates=6, shortest=100, longest=300)
+    samples = [[token for token in sampled if token < len(own)] for own in problem[0]]
+    out = race(problem, samples=samples, budget=1, risk=0.3)
+    assert np.isfinite([*out.nll, *out.brier]).all()
+    assert out.known[out.winner] == [len(problem[0][k]) for k in np.flatnonzero(out.winner)]
+
+
 def test_the_order_of_candidates_is_nothing_to_it():
     problem = make_problem(3, candidates=10, shortest=100, longest=300)
     turned = [column[::-1] for column in problem]
@@ -116,12 +165,12 @@ def test_copies_count_as_the_candidates_that_they_are():
     assert np.flatnonzero(out.winner).tolist() == [best[0]]
 
 
-@pytest.mark.parametrize("risk", [0, 0.05])
-def test_numbers_that_are_none_stop_nobody(risk):
+@pytest.mark.parametrize(("risk", "sampled"), [(0, False), (0.05, False), (0.05, True)])
+def test_numbers_that_are_none_stop_nobody(risk, sampled):
     problem = make_problem(5)
     best = order(*problem[2:])[0]
     problem[2][best][7] = np.nan
-    out = race(problem, budget=2, risk=risk)
+    out = race(problem, budget=2, risk=risk, samples=samples_of(problem, 0.5) if sampled else None)
     assert (out.known == [len(x) for x in problem[0]]).all()
     assert set(np.flatnonzero(out.winner)) == set(order(*problem[2:])[:2])  # of the others
 
@@ -192,12 +241,12 @@ def test_the_audit_is_a_tenth_and_always_the_same():
 def test_rounds_only_grow():
     words, before, nll, brier = make_problem(6, candidates=10)
     entered = Race(words, before, np.ones(10, int), RaceRules(budget=2, risk=0.1))
-    goals = []
-    while (goal := entered.asks()) is not None:
-        goals.append(goal)
-        for k in range(10):
-            new = slice(entered.known[k], goal[k])
-            if new.stop > new.start:
-                entered.take(k, nll[k][new], brier[k][new])
-    assert len(goals) > 3
-    assert all((b >= a).all() and (b > a).any() for a, b in itertools.pairwise(goals))
+    reached = []
+    while (wanted := entered.asks()) is not None:
+        for k, tokens in enumerate(wanted):
+            assert tokens.tolist() == list(range(entered.known[k], entered.known[k] + len(tokens)))
+            entered.take(k, tokens, nll[k][tokens], brier[k][tokens])
+        reached.append(entered.reached.copy())
+        assert (entered.known == entered.reached).all()
+    assert len(reached) > 3
+    assert all((b >= a).all() and (b > a).any() for a, b in itertools.pairwise(reached))

@@ -115,7 +115,10 @@ def score(
     ] = None,
     head_share: Annotated[
         float | None,
-        typer.Option(help="Of each trajectory's scored positions, this share alone meets the head, with nll_se, ..."),
+        typer.Option(
+            help="Of each trajectory's scored positions, this share alone meets the head, with nll_se, ...; in a race "
+            "of those who are running, and winners in full."
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first N records.")] = None,
     shard: Annotated[
@@ -154,9 +157,9 @@ def score(
         tokens_per_batch=number_or_auto(tokens_per_batch, "--tokens-per-batch", at_least=1),
         workers=number_or_auto(workers, "--workers", at_least=0),
         compile=compile,
-        race=_race_rules(race, race_risk),
+        race=_race_rules(race, race_risk, head_share),
         local_steps=local_steps,
-        head_share=head_share,
+        head_share=None if race is not None else head_share,
         limit=limit,
         shard=shard,
         dry_run=dry_run,
@@ -196,7 +199,7 @@ def _refuse_mixed(
         raise UserError("--local-steps takes one --student; give it a run and a directory of its own")
 
 
-def _race_rules(budget: int | None, risk: float | None) -> RaceRules | None:
+def _race_rules(budget: int | None, risk: float | None, head_share: float | None) -> RaceRules | None:
     from lark_fast.errors import UserError
 
     if budget is None:
@@ -206,4 +209,4 @@ def _race_rules(budget: int | None, risk: float | None) -> RaceRules | None:
     risk = DEFAULT_RISK if risk is None else risk
     if not 0 <= risk <= HIGHEST_RISK:
         raise UserError(f"--race-risk {risk:g}: lies between 0 and {HIGHEST_RISK:g}")
-    return RaceRules(budget=budget, risk=risk)
+    return RaceRules(budget=budget, risk=risk, head_share=head_share)

@@ -1,8 +1,9 @@
-r"""What the means of a problem's candidates will be, once the first of their tokens have been scored.
+r"""What the means of a problem's candidates will be, once some of their tokens have been scored.
 
 The text of a trajectory is known from the start, and most of what a student makes of a token depends on which token it
-is and which one stands before it. So the tokens that are still to come are forecast from a table: x (nll or Brier
-score) of a word behind a word, from the scored tokens of the problem's OTHER candidates,
+is and which one stands before it. So the tokens that have not been scored, because they are still to come or because
+the head has passed over them, are forecast from a table: x (nll or Brier score) of a word behind a word, from the
+scored tokens of the problem's OTHER candidates,
 
     t(v, w) = (sum of x at "v w" + 2 t(w)) / (n(v, w) + 2),    t(w) = (sum of x at w + 4 m) / (n(w) + 4),
 
@@ -73,26 +74,26 @@ class Forecaster:
         bounds = np.concatenate([[0], np.cumsum(self.lengths)])
         self._slices = [slice(a, b) for a, b in itertools.pairwise(bounds)]
         self._owner = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        self._place = np.arange(bounds[-1]) - bounds[self._owner]
         word, previous = (np.concatenate(list(map(np.asarray, ids))).astype(np.int64) for ids in (words, before))
         self._words = np.unique(word, return_inverse=True)[1]
         self._pairs = np.unique(previous << 32 | word, return_inverse=True)[1]
 
-    def __call__(self, known: NDArray[np.int64], nll: NDArray[np.float64], brier: NDArray[np.float64]) -> Forecast:
-        """Forecast from the first tokens.
+    def __call__(self, seen: NDArray[np.bool_], nll: NDArray[np.float64], brier: NDArray[np.float64]) -> Forecast:
+        """Forecast from the tokens that are known.
 
         Args:
-            known: ``[K]`` how many scored tokens of each candidate are known, at least one of each.
-            nll, brier: ``[sum T]`` of all candidates' tokens, one behind the other; what is not known is not read.
+            seen: ``[sum T]`` of all candidates' tokens, one behind the other, which are known: at least one of each.
+            nll, brier: ``[sum T]`` of them; what is not known is not read.
         """
-        seen, rest = self._place < known[self._owner], self.lengths - known
+        known = self.count(seen)
+        rest = self.lengths - known
         values = {name: np.where(seen, x, 0.0) for name, x in (("nll", nll), ("brier", brier))}
         tables = {name: self._table(x, seen) for name, x in values.items()}
         sums = {name: self._sum(np.where(seen, x, tables[name])) for name, x in values.items()}
         distances = {name: np.where(seen, x - tables[name], 0.0) for name, x in values.items()}
         m = self._ratio(sums["brier"], sums["nll"])
-        shrunk, sd = self._spread(2 * distances["brier"] - m * distances["nll"], known)
-        _, sd_of_m = self._spread(distances["brier"] - m * distances["nll"], known)
+        shrunk, sd = self._spread(2 * distances["brier"] - m * distances["nll"], seen)
+        _, sd_of_m = self._spread(distances["brier"] - m * distances["nll"], seen)
         for name, distance in distances.items():
             mean = self._sum(distance) / known
             sums[name] = sums[name] + rest * (mean.mean() + shrunk * (mean - mean.mean()))
@@ -101,11 +102,16 @@ class Forecaster:
         sd_m = float(self._copies @ sd_of_m / max(self._copies @ means["nll"], np.finfo(float).tiny))
         return Forecast(means["nll"], means["brier"], 2 * means["brier"] - m * means["nll"], sd, sd_m)
 
+    def count(self, which: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """``[K]`` how many tokens of each candidate these ``[sum T]`` are."""
+        return np.bincount(self._owner[which], minlength=len(self.lengths))
+
     def _spread(
-        self, residuals: NDArray[np.float64], known: NDArray[np.int64]
+        self, residuals: NDArray[np.float64], seen: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """``lambda`` and ``sd`` of each candidate, ``[K]``."""
-        rest, variance = self.lengths - known, self._variance(residuals, known)
+        known = self.count(seen)
+        rest, variance = self.lengths - known, self._variance(residuals, seen)
         own, of_own = self._sum(residuals) / known, variance / known
         between = max(0.0, float(own.var(ddof=1) - of_own.mean())) if len(own) > 1 else 0.0
         shrunk = between / (between + of_own + np.finfo(float).tiny)
@@ -150,14 +156,15 @@ class Forecaster:
         """Sum and number of the seen tokens of each code."""
         return np.bincount(codes, values, size), np.bincount(codes[seen], minlength=size or int(codes.max()) + 1)
 
-    def _variance(self, residuals: NDArray[np.float64], known: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _variance(self, residuals: NDArray[np.float64], seen: NDArray[np.bool_]) -> NDArray[np.float64]:
         """``s^2`` of each candidate, a token's: BLOCK times the variance of block means, with some of the problem's."""
+        known = self.count(seen)
         blocks = known // BLOCK
         blocks = np.where(blocks >= 2, blocks, 0)
         own = np.zeros(len(known))
         for k in np.flatnonzero(blocks):
-            start = self._slices[k].start
-            means = residuals[start : start + blocks[k] * BLOCK].reshape(-1, BLOCK).mean(1)
+            here = self._slices[k]
+            means = residuals[here][seen[here]][: blocks[k] * BLOCK].reshape(-1, BLOCK).mean(1)
             own[k] = BLOCK * means.var(ddof=1)
         if blocks.any():
             pooled = float(own @ blocks) / blocks.sum()

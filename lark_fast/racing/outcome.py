@@ -25,6 +25,7 @@ class RaceOutcome:
     risk: float
     problems: int  # that were raced or audited
     stopped: int  # candidates that were not scored to their end
+    head_share: float  # of the store's scored tokens, those that the head read; less than ``share`` with a sample
     share: float  # of the store's scored tokens, those that were scored; audited problems in full
     share_of_races: float  # the same of raced problems alone
     audited: int  # problems
@@ -44,10 +45,11 @@ class RaceOutcome:
                 f"race: none was run; it takes more than {self.budget + 1} candidates a problem that differ, and "
                 "not too long for the student to read them in pieces"
             ]
+        read = f"; {self.head_share:.1%} met the head" if self.head_share < self.share else ""
         in_races = "" if math.isnan(self.share_of_races) else f" ({self.share_of_races:.1%} in those that were raced)"
         lines = [
             f"race for {self.budget}: {self.problems:,} problems, {self.share:.1%} of the scored tokens were scored"
-            f"{in_races}, {self.stopped:,} candidates stopped"
+            f"{in_races}, {self.stopped:,} candidates stopped{read}"
         ]
         if self.risk == 0:
             return [*lines, "risk 0: stopped by hard bounds alone"]
@@ -79,6 +81,7 @@ def read_race(directory: str | Path, rules: RaceRules) -> RaceOutcome:
         UserError: a part cannot be read.
     """
     names, tables = ["problem_id", "n_tokens", "n_raced", "winner", "audited", "g_hat"], []
+    names += ["n_head"] if rules.head_share is not None else []
     for part in part_files(directory):
         with reading(part):
             tables.append(pq.read_table(part, columns=names, read_dictionary=names[:1]))
@@ -90,6 +93,7 @@ def read_race(directory: str | Path, rules: RaceRules) -> RaceOutcome:
     problem = table["problem_id"].combine_chunks().indices.to_numpy() if tables else np.zeros(0, np.int64)
     n_tokens, n_raced = (table[name].to_numpy().astype(np.float64) for name in ("n_tokens", "n_raced"))
     scored = np.where(audited, n_tokens, n_raced)
+    read = scored if rules.head_share is None else table["n_head"].to_numpy().astype(np.float64)
     running = raced & ~audited
     missed = missed_winners(table["g_hat"].to_numpy()[audited], winner[audited], problem[audited])
     low, high = proportion_interval(int(missed.sum()), len(missed))
@@ -98,6 +102,7 @@ def read_race(directory: str | Path, rules: RaceRules) -> RaceOutcome:
         risk=rules.risk,
         problems=len(np.unique(problem[raced])),
         stopped=int(np.count_nonzero(scored < n_tokens)),
+        head_share=_over(read.sum(), n_tokens.sum()),
         share=_over(scored.sum(), n_tokens.sum()),
         share_of_races=_over(scored[running].sum(), n_tokens[running].sum()),
         audited=len(missed),

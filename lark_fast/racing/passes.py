@@ -1,9 +1,10 @@
 """Forward passes of a race: pieces of a problem's candidates go through the student, round by round.
 
 A candidate that goes on sees its earlier pieces through their keys and values, where the model can (``Student.
-continues``) and the device has room for them; else its tokens pass again from the first. Pieces share packs with those
-of their own problem alone, so what comes out does not depend on which problem came before or runs beside. On a GPU two
-problems take turns: while one is judged, the other's pieces are under way.
+continues``) and the device has room for them; else its tokens pass again from the first. Hidden states that the head
+has passed over stay beside the keys and values, so that what wins is read in full without another pass through the
+body. Pieces share packs with those of their own problem alone, so what comes out does not depend on which problem came
+before or runs beside. On a GPU two problems take turns: while one is judged, the other's pieces are under way.
 """
 
 from collections import deque
@@ -24,6 +25,7 @@ from lark_fast.past import Past
 from lark_fast.racing.race import Outcome, Race, replay
 from lark_fast.racing.rules import RaceRules
 from lark_fast.scoring.forward import Passes, Scored, Until, columns_of
+from lark_fast.scoring.head_sampling import sample_rows
 from lark_fast.student import Student
 
 PAST_MEMORY_SHARE = 0.25  # of what is free, for the keys and values of the problems under way
@@ -37,10 +39,12 @@ class Entrant(Protocol):
     Attributes:
         race: the problem whose race it runs in, or None: it is scored in full.
         copies: how many candidates have its tokens.
+        token_hash: decides which tokens are in a sample, see ``head_sampling``.
     """
 
     race: str | None
     copies: int
+    token_hash: bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,6 +53,8 @@ class _Piece:
 
     heat: "_Heat"
     entrant: int
+    tokens: NDArray[np.int64]  # that the head reads: places among those that are scored
+    start: int  # tokens before the piece
 
 
 @dataclass(slots=True, eq=False)
@@ -60,9 +66,9 @@ class _Heat:
     targets: list[Targets]
     audited: bool
     pasts: list[Past] | None  # None: pieces begin at the first token
-    asked: NDArray[np.int64] | None  # what the next round has to bring; None: it is under way
+    asked: list[NDArray[np.int64]] | None  # what the next round has to bring; None: it is under way
     left: int = 0  # pieces of the round that are still to come
-    parts: list[list[TokenStats]] = field(default_factory=list)  # of each entrant
+    parts: list[list[tuple[NDArray[np.int64], TokenStats]]] = field(default_factory=list)  # of each entrant
     lost: bool = False  # there was no memory for a piece
 
 
@@ -136,7 +142,12 @@ class RacePasses:
         entrants: Sequence[Entrant] = batch.members
         targets = [marks if isinstance(marks, Targets) else Targets.of(marks) for _, marks in batch.sequences]
         before = [np.asarray(ids)[own.rows] for (ids, _), own in zip(batch.sequences, targets, strict=True)]
-        race = Race([own.words for own in targets], before, [one.copies for one in entrants], self.rules)
+        share, samples = self.rules.head_share, None
+        if share is not None:
+            of = zip(targets, entrants, strict=True)
+            samples = [sample_rows(len(own.rows), share, one.token_hash) for own, one in of]
+        copies = [one.copies for one in entrants]
+        race = Race([own.words for own in targets], before, copies, self.rules, samples=samples)
         audited = self.rules.audits(entrants[0].race)
         keeps = not audited and self.passes.student.continues and self._has_room(sum(batch.lengths))
         return _Heat(
@@ -145,49 +156,67 @@ class RacePasses:
             targets=targets,
             audited=audited,
             pasts=[Past() for _ in entrants] if keeps else None,
-            asked=race.lengths.copy() if audited else race.asks(),
+            asked=[np.arange(length) for length in race.lengths] if audited else race.asks(),
             parts=[[] for _ in entrants],
         )
 
     def _has_room(self, n_tokens: int) -> bool:
         student = self.passes.student
         free = torch.cuda.mem_get_info(student.device)[0] if student.device.type == "cuda" else available_memory()
-        return n_tokens * past_bytes(student) * (1 + self.ahead) <= PAST_MEMORY_SHARE * free
+        each = past_bytes(student) + (0 if self.rules.head_share is None else hidden_bytes(student))
+        return n_tokens * each * (1 + self.ahead) <= PAST_MEMORY_SHARE * free
 
     def _round(self, heat: _Heat) -> Iterator[Batch]:
         """The passes of a round, longest pieces first."""
-        goal, heat.asked = heat.asked, None
-        entrants, sequences = [], []
-        known = _known(heat)
-        for entrant in np.flatnonzero(goal > known).tolist():
-            ids, own = np.asarray(heat.batch.sequences[entrant][0]), heat.targets[entrant]
-            start = 0 if heat.pasts is None else heat.pasts[entrant].length
-            new = slice(int(known[entrant]), int(goal[entrant]))
-            end = int(own.rows[new.stop - 1]) + 1
+        asked, heat.asked = heat.asked, None
+        pieces, sequences, later = [], [], []
+        for entrant, tokens in enumerate(asked):
+            if not len(tokens):
+                continue
             if heat.pasts is not None:
-                heat.pasts[entrant].grows = new.stop < len(own.rows)
-            entrants.append(entrant)
-            sequences.append((ids[start:end], Targets(own.rows[new] - start, own.words[new])))
-        heat.left = len(entrants)
+                reached = int(heat.race.reached[entrant])
+                passed_over, tokens = tokens[tokens < reached], tokens[tokens >= reached]
+                if len(passed_over):
+                    later.append(_Piece(heat, entrant, passed_over, heat.pasts[entrant].length))
+                if not len(tokens):
+                    continue
+            pieces.append(_Piece(heat, entrant, tokens, 0 if heat.pasts is None else heat.pasts[entrant].length))
+            sequences.append(self._piece_of(heat, pieces[-1]))
+        heat.left = len(pieces) + len(later)
         for group in self.layout.plan([len(ids) for ids, _ in sequences]):
-            chosen = [entrants[place] for place in group]
-            pasts = None if heat.pasts is None else [heat.pasts[entrant] for entrant in chosen]
-            pieces = [_Piece(heat, entrant) for entrant in chosen]
-            yield self.layout.prepare(pieces, [sequences[place] for place in group], pasts)
+            chosen = [pieces[place] for place in group]
+            pasts = None if heat.pasts is None else [heat.pasts[piece.entrant] for piece in chosen]
+            yield self.layout.prepare(chosen, [sequences[place] for place in group], pasts)
+        for group in self.layout.plan([len(piece.tokens) for piece in later]):
+            chosen = [later[place] for place in group]
+            hidden = [heat.pasts[piece.entrant].kept for piece in chosen]
+            words = [heat.targets[piece.entrant].words[piece.tokens] for piece in chosen]
+            yield self.layout.reading(chosen, hidden, words)
+
+    @staticmethod
+    def _piece_of(heat: _Heat, piece: _Piece) -> tuple[NDArray[np.int64], Targets]:
+        """What passes; the entrant's past is told what is to stay of it."""
+        ids, own = np.asarray(heat.batch.sequences[piece.entrant][0]), heat.targets[piece.entrant]
+        end = int(piece.tokens[-1]) + 1
+        if heat.pasts is not None:
+            past, new = heat.pasts[piece.entrant], np.arange(heat.race.reached[piece.entrant], end)
+            past.grows = end < len(own.rows)
+            past.keeps = own.rows[np.setdiff1d(new, piece.tokens, assume_unique=True)] - piece.start
+        asked = Targets(own.rows[piece.tokens] - piece.start, own.words[piece.tokens])
+        return ids[piece.start : int(own.rows[end - 1]) + 1], asked
 
     def _take(self, heat: _Heat, batch: Batch, scored: list[Scored] | None) -> None:
         heat.left -= len(batch.members)
         if scored is None:
             heat.lost = True
             return
-        starts = []
-        for piece, length, one in zip(batch.members, batch.lengths, scored, strict=True):
-            past = None if heat.pasts is None else heat.pasts[piece.entrant]
-            starts.append(0 if past is None else past.length - length if past.grows else past.length)
-            heat.parts[piece.entrant].append(one.tokens)
+        for piece, one in zip(batch.members, scored, strict=True):
+            heat.parts[piece.entrant].append((piece.tokens, one.tokens))
             if not heat.audited:
-                heat.race.take(piece.entrant, one.tokens.nll.numpy(), self._brier(one.tokens))
-        self._count(batch, starts)
+                heat.race.take(piece.entrant, piece.tokens, one.tokens.nll.numpy(), self._brier(one.tokens))
+            if batch.hidden is not None:
+                heat.pasts[piece.entrant].kept.clear()
+        self._count(batch, [piece.start for piece in batch.members])
 
     def _count(self, batch: Batch, starts: Sequence[int]) -> None:
         if self._on_pass is not None:
@@ -217,7 +246,7 @@ class RacePasses:
     def _results(self, heat: _Heat) -> list[Scored]:
         """One an entrant. Means of all its tokens; of one that has stopped, nll and the Brier score are forecasts, and
         the others of the tokens that were scored."""
-        tokens = [concatenate(parts) for parts in heat.parts]
+        tokens = [_in_order(parts) for parts in heat.parts]
         lengths = [len(one.nll) for one in tokens]
         ends = torch.tensor([0, *np.cumsum(lengths)])
         columns = {
@@ -232,7 +261,7 @@ class RacePasses:
             if lengths[k] < heat.race.lengths[k]:
                 means |= {"nll": float(outcome.nll[k]), used: float(outcome.brier[k])}
             one = Scored(means, int(heat.race.lengths[k]), lengths[k], own)
-            results.append(_with(one, int(outcome.known[k]), bool(outcome.winner[k]), heat.audited))
+            results.append(_with(one, int(outcome.reached[k]), bool(outcome.winner[k]), heat.audited))
         return results
 
     def _outcome(self, heat: _Heat, tokens: Sequence[TokenStats]) -> Outcome:
@@ -242,12 +271,19 @@ class RacePasses:
         return replay(heat.race, [one.nll.numpy() for one in tokens], [self._brier(one) for one in tokens])
 
 
-def _known(heat: _Heat) -> NDArray[np.int64]:
-    return np.array([sum(len(part.nll) for part in parts) for parts in heat.parts])
+def _in_order(parts: Sequence[tuple[NDArray[np.int64], TokenStats]]) -> TokenStats:
+    """An entrant's tokens as they lie in its text."""
+    order = torch.from_numpy(np.argsort(np.concatenate([tokens for tokens, _ in parts])))
+    return concatenate([stats for _, stats in parts]).map(lambda values: values[order])
 
 
 def _with(one: Scored, n_raced: int, winner: bool | None, audited: bool) -> Scored:
     return one._replace(means=one.means | {"n_raced": n_raced, "winner": winner, "audited": audited})
+
+
+def hidden_bytes(student: Student) -> int:
+    """Of what the head reads of a token."""
+    return student.head.weight.shape[1] * student.dtype.itemsize
 
 
 def past_bytes(student: Student) -> int:

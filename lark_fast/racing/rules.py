@@ -24,10 +24,13 @@ class RaceRules:
     Attributes:
         budget: how many candidates of a problem win.
         risk: that one of them is stopped, per problem; 0: hard bounds alone.
+        head_share: of the scored tokens of those who are running, the head reads this share, see ``head_sampling``;
+            winners are read in full. None: it reads all.
     """
 
     budget: int
     risk: float = DEFAULT_RISK
+    head_share: float | None = None
 
     @property
     def rounds(self) -> tuple[float, ...]:
@@ -49,4 +52,4 @@ class RaceRules:
 
     def as_json(self) -> dict[str, Any]:
         """What decides the numbers, as a store's identity has it."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}

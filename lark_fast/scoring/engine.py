@@ -74,6 +74,11 @@ class Unit:
         """How many trajectories there are."""
         return len(self.trajectories)
 
+    @property
+    def token_hash(self) -> bytes:
+        """Of their tokens."""
+        return self.trajectories[0].token_hash
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Window:

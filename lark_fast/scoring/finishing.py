@@ -108,7 +108,7 @@ def _rewrite(
     steps: int | None,
 ) -> None:
     """Give every part its final columns. Rows with the tokens of an earlier candidate take that one's numbers."""
-    shared = [name for name in (*STATISTICS, "n_raced") if name in final.names]
+    shared = [name for name in (*STATISTICS, "n_raced", "n_head") if name in final.names]
     wanted = set(origin.values())
     numbers: dict[int, tuple[float, ...]] = {}
     start = 0

@@ -191,9 +191,14 @@ class Passes:
         return Numbers(stats, columns_of(trajectory_reduce(stats, inputs.ends)))
 
     def _stats(self, student: Student, inputs: Inputs, top_k: int | None) -> TokenStats:
-        hidden = student.hidden(inputs.ids, inputs.pack, inputs.places, inputs.past)
+        hidden = inputs.hidden
+        if hidden is None:
+            made = student.hidden(inputs.ids, inputs.pack, inputs.places, inputs.past)
+            if inputs.past is not None:
+                inputs.past.keep(made)
+            hidden = made.flatten(0, 1)
         return student.token_stats(
-            hidden.flatten(0, 1),
+            hidden,
             inputs.targets,
             rows=inputs.rows,
             top_k=top_k,

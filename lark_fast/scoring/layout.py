@@ -4,7 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lark_fast.batch import Batch, Sequences, make_batch
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lark_fast.batch import Batch, Sequences, make_batch, make_reading
 from lark_fast.packing import length_batches, packs
 from lark_fast.past import Past
 
@@ -42,6 +46,12 @@ class Layout:
             fill_to=self.tokens_per_batch if self.one_shape else 0,
             pasts=pasts,
         )
+
+    def reading(
+        self, members: Sequence[Any], hidden: Sequence[Sequence[Tensor]], words: Sequence[NDArray[np.int64]]
+    ) -> Batch:
+        """A pass of the head alone, see ``make_reading``."""
+        return make_reading(members, hidden, words, pinned=self.pinned)
 
     def split(self, batch: Batch) -> list[Batch]:
         """A batch that has become too large, in several."""

@@ -14,7 +14,7 @@ from lark_fast.files import atomic_path
 
 LOCAL = ("local_nll", "local_step_nll")  # see ``local``
 PAIRED = ("nll_after", "loss_delta")  # see ``paired``
-# Of a race: scored tokens that were, or in an audit would have been, scored; whether it won, null where nobody raced.
+# Of a race: the scored tokens that it came to, or in an audit would have; whether it won, null where nobody raced.
 RACED = [("n_raced", pa.int32()), ("winner", pa.bool_()), ("audited", pa.bool_())]
 SAMPLED = ("nll_se", "brier_se", "brier_topk_se", "nll_brier_cov")  # see ``head_sampling``
 STATISTICS = ("nll", "brier", "brier_topk", "entropy", "rank_mean", "rsr", *LOCAL, *PAIRED, *SAMPLED)
@@ -38,6 +38,7 @@ def schema(
     sampled: bool = False,
     share: bool = False,
     race: bool = False,
+    race_sampled: bool = False,
     final: bool = False,
 ) -> pa.Schema:
     """Columns of a part, raw or final. Those of a share of a pool know their places in the pool, see ``merging``."""
@@ -57,7 +58,7 @@ def schema(
             ("n_input_tokens", pa.int32()),
             ("truncated", pa.bool_()),
             *(RACED if race else []),
-            *([("n_head", pa.int32())] if sampled else []),
+            *([("n_head", pa.int32())] if sampled or race_sampled else []),
             *[(name, pa.float64()) for name in (*statistics, *(derived if final else ()))],
             ("content_hash", pa.binary(16)),
             ("token_hash", pa.binary(16)),
@@ -77,6 +78,7 @@ def schema_of(identity: dict[str, Any], *, final: bool = False) -> pa.Schema:
         sampled=is_sampled(identity),
         share=identity.get("shard") is not None,
         race=identity.get("race") is not None,
+        race_sampled=(identity.get("race") or {}).get("head_share") is not None,
         final=final,
     )
 

@@ -8,6 +8,8 @@ from lark_fast.errors import UserError
 if TYPE_CHECKING:
     from lark_fast.scoring.run import ScoreConfig
 
+_FOR_ALL_TOKENS = "--per-token stores every token's statistics, and most tokens have none"
+
 
 def refuse_beside_race(config: "ScoreConfig") -> None:
     """A race has one student in one process, passes of every size, and scores that are to be compared with nothing but
@@ -25,13 +27,19 @@ def refuse_beside_race(config: "ScoreConfig") -> None:
         "--engine ray": config.engine == "ray",
         "--shard": config.shard is not None,
         "--export": config.export is not None,
-        "--head-share": config.head_share is not None,
         "--compile": config.compile,  # its passes are filled up to one shape, and pieces are small
         "torchrun": "TORCHELASTIC_RUN_ID" in os.environ,
     }
     for name, asked in apart.items():
         if asked:
             raise UserError(f"--race does not go with {name}")
+    if config.race.head_share is None:
+        return
+    wanted = _checked(config.race.head_share)
+    if config.race.risk == 0:
+        raise UserError(f"{wanted}: does not go with --race-risk 0, whose bounds hold once all positions are read")
+    if config.per_token:
+        raise UserError(f"{wanted}: {_FOR_ALL_TOKENS}; leave one of the two away")
 
 
 def refuse_with_a_sample(config: "ScoreConfig") -> None:
@@ -42,11 +50,9 @@ def refuse_with_a_sample(config: "ScoreConfig") -> None:
     """
     if config.head_share is None:
         return
-    wanted = f"--head-share {config.head_share:g}"
-    if not 0 < config.head_share < 1:
-        raise UserError(f"{wanted}: a share of the scored positions, above 0 and below 1; without it all are read")
+    wanted = _checked(config.head_share)
     for asked, fault in (
-        (config.per_token, "--per-token stores every token's statistics, and most tokens have none"),
+        (config.per_token, _FOR_ALL_TOKENS),
         (config.local_steps is not None, "--local-steps takes means over all tokens of a step"),
         (
             config.after is not None,
@@ -56,3 +62,15 @@ def refuse_with_a_sample(config: "ScoreConfig") -> None:
     ):
         if asked:
             raise UserError(f"{wanted}: {fault}; leave one of the two away")
+
+
+def _checked(head_share: float) -> str:
+    """The option as it was given.
+
+    Raises:
+        UserError: it is no share.
+    """
+    wanted = f"--head-share {head_share:g}"
+    if not 0 < head_share < 1:
+        raise UserError(f"{wanted}: a share of the scored positions, above 0 and below 1; without it all are read")
+    return wanted

@@ -67,7 +67,7 @@ class ScoreConfig:
     compile: bool = False
     race: RaceRules | None = None  # candidates that cannot win stop early, see ``lark_fast.racing``; None: none do
     local_steps: int | None = None  # preceding steps that are context of local scores; None: none are made
-    head_share: float | None = None  # of the scored positions that meet the head, see ``head_sampling``; None: all
+    head_share: float | None = None  # of scored positions that meet the head, see ``head_sampling`` (races: ``race``)
     limit: int | None = None
     shard: str | None = None  # "3/8": that share of the pool, see ``pool.shares``; None: all of it
     dry_run: bool = False
