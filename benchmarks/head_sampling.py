@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM
 
 from benchmarks.passes import record
 from benchmarks.record_head import record_head
-from benchmarks.workload import QWEN_HALF_B, QWEN_VOCABULARY, llama_config, student
+from benchmarks.workload import QWEN_HALF_B, QWEN_VOCABULARY, cost_of, student
 from lark_fast import Scorer
 from lark_fast.files import write_json
 from lark_fast.flop import ForwardCost
@@ -48,8 +47,7 @@ def main() -> None:
     scored = scorer.score_rendered([scorer.renderer(one) for one in records])
     seconds = time.monotonic() - started
     problem = [str(one.problem_id) for one in records]
-    half_b = _half_b_cost()
-    costs = {"student": ForwardCost.of(scorer.student.model), "half_b": half_b}
+    costs = {"student": ForwardCost.of(scorer.student.model), "half_b": cost_of(QWEN_HALF_B, QWEN_VOCABULARY)}
     made = {
         **record_head(options),
         "problems": len(set(problem)),
@@ -184,11 +182,6 @@ def _over_simple(values: Sequence[NDArray[np.float64]], share: float) -> dict[st
         ours = ((sizes / n) ** 2 * (1 - draws / sizes) / draws) @ within
         ratios.append(ours / (row.var(axis=1, ddof=1) / m * (1 - m / n)))
     return dict(zip(("nll", "brier"), np.mean(ratios, axis=0).tolist(), strict=True))
-
-
-def _half_b_cost() -> ForwardCost:
-    with torch.device("meta"):
-        return ForwardCost.of(AutoModelForCausalLM.from_config(llama_config(QWEN_HALF_B, QWEN_VOCABULARY)))
 
 
 def timed(layers: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from benchmarks.comparison import DEVICE
+from lark_fast.flop import ForwardCost
 from lark_fast.training.data import TrainingSet
 
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}
@@ -34,6 +35,16 @@ QWEN_7B = {
     "num_key_value_heads": 4,
 }
 QWEN_VOCABULARY = 151936
+# As Gemma 3 270M has them: 100 M parameters of layers, 168 M of words.
+GEMMA_270M = {
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+}
+GEMMA_VOCABULARY = 262144
 
 
 def llama_config(sizes: Mapping[str, Any], vocabulary: int) -> LlamaConfig:
@@ -47,6 +58,12 @@ def llama_config(sizes: Mapping[str, Any], vocabulary: int) -> LlamaConfig:
         attn_implementation="sdpa",
         **sizes,
     )
+
+
+def cost_of(sizes: Mapping[str, Any], vocabulary: int) -> ForwardCost:
+    """Of a Llama of these sizes, without making it."""
+    with torch.device("meta"):
+        return ForwardCost.of(AutoModelForCausalLM.from_config(llama_config(sizes, vocabulary)))
 
 
 @torch.no_grad()

@@ -1,6 +1,39 @@
 """Made-up problems for races: words with a difficulty of their own, and candidates that differ."""
 
+import random
+
 import numpy as np
+
+WORDS = [
+    "sum",
+    "check",
+    "that",
+    "the",
+    "is",
+    "right",
+    "answer",
+    "let",
+    "me",
+    "two",
+    "three",
+    "then",
+    "maybe",
+    "so",
+    "we",
+]
+HARD = ["zyx", "qvw", "kjx", "7#!", "%%@", "xxq", "wqz"]
+PROBLEMS, RACED = 14, 10  # the others have too few candidates
+
+
+def make_records():
+    """A pool whose races stop some."""
+    rng = random.Random(1)
+    for p in range(PROBLEMS):
+        for k in range(3 if p % 4 == 0 else 9):
+            words = HARD if (k + p) % 3 == 0 else WORDS  # candidates that differ
+            text = " ".join(rng.choice(words) for _ in range(rng.randint(40, 160)))
+            turns = [{"role": "user", "content": f"What is {p}?"}, {"role": "assistant", "content": text}]
+            yield {"problem_id": 100 + p, "candidate_id": k, "teacher": f"t{k}", "messages": turns}
 
 
 def make_problem(seed, candidates=8, shortest=40, longest=160, words=60, apart=0.15, noise=0.5):

@@ -1,7 +1,6 @@
 """``lark-fast score --race`` from the command line, beside the same pool scored in full."""
 
 import json
-import random
 import signal
 import time
 
@@ -13,43 +12,14 @@ from lark_fast.racing.outcome import read_race
 from lark_fast.racing.rules import RaceRules
 from lark_fast.scoring.parts import part_files
 from tests.command import NO_CEILING, write_jsonl, write_student
-
-WORDS = [
-    "sum",
-    "check",
-    "that",
-    "the",
-    "is",
-    "right",
-    "answer",
-    "let",
-    "me",
-    "two",
-    "three",
-    "then",
-    "maybe",
-    "so",
-    "we",
-]
-HARD = ["zyx", "qvw", "kjx", "7#!", "%%@", "xxq", "wqz"]
-PROBLEMS, RACED = 14, 10  # the others have too few candidates
-
-
-def make_pool():
-    rng = random.Random(1)
-    for p in range(PROBLEMS):
-        for k in range(3 if p % 4 == 0 else 9):
-            words = HARD if (k + p) % 3 == 0 else WORDS  # candidates that differ
-            text = " ".join(rng.choice(words) for _ in range(rng.randint(40, 160)))
-            turns = [{"role": "user", "content": f"What is {p}?"}, {"role": "assistant", "content": text}]
-            yield {"problem_id": 100 + p, "candidate_id": k, "teacher": f"t{k}", "messages": turns}
+from tests.races import PROBLEMS, RACED, make_records
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("race")
     write_student(place / "student")
-    write_jsonl(place / "pool.jsonl", make_pool())
+    write_jsonl(place / "pool.jsonl", make_records())
     return place
 
 
@@ -151,7 +121,7 @@ def test_the_same_bytes_again_and_after_kill_9(place, forks, raced):
 
 def test_the_order_of_problems_is_nothing_to_it(place, forks, raced):
     problems = {}
-    for record in make_pool():
+    for record in make_records():
         problems.setdefault(record["problem_id"], []).append(record)
     write_jsonl(place / "turned.jsonl", [one for own in reversed(list(problems.values())) for one in own])
     forks.run(*score(place, place / "turned", "--race", 2, pool="turned.jsonl"))
@@ -175,13 +145,13 @@ def test_without_keys_and_values_the_same_comes_out(place, forks, raced):
 
 def test_a_pool_of_which_every_race_is_audited(place, forks, raced):
     audited = {problem for problem, own in by_problem(raced[0]).items() if own[0]["audited"]}
-    write_jsonl(place / "audited.jsonl", [one for one in make_pool() if str(one["problem_id"]) in audited])
+    write_jsonl(place / "audited.jsonl", [one for one in make_records() if str(one["problem_id"]) in audited])
     told = forks.run(*score(place, place / "audited", "--race", 2, pool="audited.jsonl")).stdout
     assert f"race for 2: {len(audited)} problems, 100.0% of the scored tokens were scored, 0 candidates stopped" in told
 
 
 def test_a_pool_without_a_race(place, forks):
-    write_jsonl(place / "few.jsonl", [one for one in make_pool() if one["candidate_id"] < 3])
+    write_jsonl(place / "few.jsonl", [one for one in make_records() if one["candidate_id"] < 3])
     told = forks.run(*score(place, place / "few", "--race", 2, pool="few.jsonl")).stdout
     assert "race: none was run; it takes more than 3 candidates a problem" in told
 
@@ -232,7 +202,7 @@ def test_risk_0_is_never_wrong(place, forks, full):
 
 
 def test_candidates_that_come_later_are_scored_in_full(place, forks):
-    records = list(make_pool())
+    records = list(make_records())
     late = [record for record in records if record["candidate_id"] in (7, 8)]
     write_jsonl(place / "growing.jsonl", [record for record in records if record not in late])
     forks.run(*score(place, place / "grown", "--race", 2, pool="growing.jsonl"))
@@ -275,7 +245,6 @@ def test_selection(place, forks, raced, full):
         (("--race-risk", 0.1), "--race-risk goes with --race"),
         (("--race", 2, "--race-risk", 0.7), "--race-risk 0.7: lies between 0 and 0.5"),
         (("--race", 2, "--race-risk", "nan"), "lies between"),
-        (("--race", 2, "--devices", "2"), "--race does not go with --devices"),
         (("--race", 2, "--shard", "0/2"), "--race does not go with --shard"),
         (("--race", 2, "--local-steps", 1), "--race does not go with --local-steps"),
         (("--race", 2, "--export", "lark-json"), "--race does not go with --export"),
@@ -311,7 +280,7 @@ def test_a_dry_run(place, forks):
 
 
 def test_candidates_that_do_not_lie_together(place, forks):
-    records = list(make_pool())
+    records = list(make_records())
     write_jsonl(place / "scattered.jsonl", records[1:] + records[:1])
     told = forks.run(*score(place, place / "scattered", "--race", 2, pool="scattered.jsonl"), code=2)
     assert "--race needs a problem's candidates together: sort the pool by problem_id" in told.stderr

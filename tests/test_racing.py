@@ -62,7 +62,7 @@ def test_the_table_is_its_definition():
             of_pair = [x for a, b, x in others if (a, b) == (w, v)]
             base = (sum(of_word) + 4 * mean) / (len(of_word) + 4)
             expected.append((sum(of_pair) + 2 * base) / (len(of_pair) + 2))
-    np.testing.assert_allclose(made._table(values, seen), expected, rtol=1e-12)
+    np.testing.assert_allclose(made.table(values, seen), expected, rtol=1e-12)
 
 
 def test_the_table_beats_the_running_mean():

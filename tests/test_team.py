@@ -13,7 +13,8 @@ from lark_fast.errors import UserError
 from lark_fast.scoring.parts import part_files
 from lark_fast.scoring.store import read_manifest
 from lark_fast.scoring.team import choose_devices
-from tests.command import make_records, write_jsonl, write_student
+from tests import races
+from tests.command import NO_CEILING, make_records, write_jsonl, write_student
 from tests.score_rows import table
 from tests.test_engine_faults import rows_of, tree, wait_for
 
@@ -46,18 +47,17 @@ def members(run):
     return [process for process in tree(run.pid) if "team_member" in " ".join(process.cmdline())]
 
 
+def by_key(out):
+    return {(row["problem_id"], row["candidate_id"]): row for row in table(out).to_pylist()}
+
+
 def nothing_left(processes):
     _, alive = psutil.wait_procs(processes, 10)
     assert not alive
 
 
-def test_killed_at_random_and_by_a_record(tmp_path, forks, student):
-    """What is lost is done by others; what ends its process three times is left out, and nothing else is."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(student)
-    (token,) = tokenizer("~", add_special_tokens=False)["input_ids"]
-    deadly = tmp_path / "deadly"
+def write_deadly(student, deadly, token):
+    """The student, but that this token ends its process."""
     deadly.mkdir()
     for file in student.iterdir():
         (deadly / file.name).write_bytes(file.read_bytes())
@@ -65,7 +65,15 @@ def test_killed_at_random_and_by_a_record(tmp_path, forks, student):
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_deadly.DeadlyForCausalLM"}
     (deadly / "config.json").write_text(json.dumps(config))
     (deadly / "modeling_deadly.py").write_text(DEADLY.format(token=token))
+    return deadly
 
+
+def test_killed_at_random_and_by_a_record(tmp_path, forks, student):
+    """What is lost is done by others; what ends its process three times is left out, and nothing else is."""
+    from transformers import AutoTokenizer
+
+    (token,) = AutoTokenizer.from_pretrained(student)("~", add_special_tokens=False)["input_ids"]
+    deadly = write_deadly(student, tmp_path / "deadly", token)
     records = list(make_records(120, 4))
     long = "Let me think. " * 60  # a pass of its own
     poison = {
@@ -132,6 +140,54 @@ def test_stopped_and_gone_on_with_with_another_number(tmp_path, forks, student):
     assert [part.read_bytes() for part in part_files(out)] == [p.read_bytes() for p in part_files(tmp_path / "once")]
     assert read_manifest(out)["complete"]
     assert not list(out.glob("journal-*"))
+
+
+def test_races(tmp_path, forks, student):
+    """Problems race wherever they are given to; one with a record that ends its process runs in none."""
+    from transformers import AutoTokenizer
+
+    (token,) = AutoTokenizer.from_pretrained(student)("~", add_special_tokens=False)["input_ids"]
+    deadly = write_deadly(student, tmp_path / "deadly", token)
+    records = list(races.make_records())
+    poisoned = [dict(record) for record in records]
+    poisoned[13]["messages"] = [*records[13]["messages"][:1], {"role": "assistant", "content": "so we ~ " * 60}]
+    (pool, bad), asked = (tmp_path / "pool.jsonl", tmp_path / "bad.jsonl"), ("--race", 2, "--race-risk", 0.2)
+    write_jsonl(pool, records)
+    write_jsonl(bad, poisoned)
+    forks.run(*words(pool, student, tmp_path / "once", *asked))
+    out = tmp_path / "s"
+    once = "import lark_fast.scoring.team as t; t.MOST_LOSSES = 1\n"
+    run = forks.run(
+        *words(bad, deadly, out, *asked, "--devices", 2, "--trust-remote-code", "--json"), before=NO_CEILING + once
+    )
+    rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert [(line["line"], line["reason"]) for line in rejected] == [
+        (14, "the process that scored it was killed (SIGKILL), 1 times")
+    ]
+    ours, theirs = by_key(out), by_key(tmp_path / "once")
+    assert len(ours) == len(records) - 1
+    stopped = 0
+    for key, row in ours.items():
+        if key[0] == str(records[13]["problem_id"]):  # what is left of it was scored in full
+            assert (row["n_raced"], row["winner"]) == (row["n_tokens"], None)
+            continue
+        assert {name: row[name] for name in ("n_raced", "winner", "audited")} == {
+            name: theirs[key][name] for name in ("n_raced", "winner", "audited")
+        }
+        assert row["nll"] == pytest.approx(theirs[key]["nll"], rel=1e-6)
+        stopped += row["n_raced"] < row["n_tokens"]
+    assert stopped > 10
+    told = json.loads(run.stdout)
+    assert told["passed_tokens"] < told["input_tokens"]
+    assert told["forward_flop"] > 0
+    # A pool that ends nobody's process comes to the bytes of one process, after SIGTERM too.
+    run = forks.start(*words(pool, student, tmp_path / "two", *asked, "--devices", 2))
+    wait_for(lambda: list(tmp_path.glob("two/journal-*")), run, 300)
+    run.kill(signal.SIGTERM)
+    run.ended(130)
+    forks.run(*words(pool, student, tmp_path / "two", *asked))
+    ours, theirs = ([part.read_bytes() for part in part_files(tmp_path / name)] for name in ("two", "once"))
+    assert ours == theirs
 
 
 def test_a_student_that_nobody_can_load(tmp_path, forks, student):

@@ -88,7 +88,7 @@ class Forecaster:
         known = self.count(seen)
         rest = self.lengths - known
         values = {name: np.where(seen, x, 0.0) for name, x in (("nll", nll), ("brier", brier))}
-        tables = {name: self._table(x, seen) for name, x in values.items()}
+        tables = {name: self.table(x, seen) for name, x in values.items()}
         sums = {name: self._sum(np.where(seen, x, tables[name])) for name, x in values.items()}
         distances = {name: np.where(seen, x - tables[name], 0.0) for name, x in values.items()}
         m = self._ratio(sums["brier"], sums["nll"])
@@ -130,7 +130,7 @@ class Forecaster:
         below = float(weights @ nll)
         return float(weights @ brier) / below if below > 0 else 0.0
 
-    def _table(self, values: NDArray[np.float64], seen: NDArray[np.bool_]) -> NDArray[np.float64]:
+    def table(self, values: NDArray[np.float64], seen: NDArray[np.bool_]) -> NDArray[np.float64]:
         """``t`` of every token, from what is seen of the other candidates."""
         table = np.empty(len(values))
         of_words, of_pairs = (self._totals(codes, values, seen) for codes in (self._words, self._pairs))

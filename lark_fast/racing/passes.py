@@ -79,16 +79,21 @@ class RacePasses:
         passes: the student, ready.
         rules: of the races.
         on_pass: hears of each pass of a race.
+        sharing: how many processes have a part in the device's memory.
 
     Attributes:
         layout, ahead, work: see ``Passes``.
     """
 
-    def __init__(self, passes: Passes, rules: RaceRules, on_pass: OnPass | None = None) -> None:
-        self.passes, self.rules, self._on_pass = passes, rules, on_pass
+    def __init__(self, passes: Passes, rules: RaceRules, on_pass: OnPass | None = None, sharing: int = 1) -> None:
+        self.passes, self.rules, self._on_pass, self._sharing = passes, rules, on_pass, sharing
         self.layout, self.ahead, self.work = passes.layout, passes.ahead, passes.work
         self._heats: deque[_Heat] = deque()
         self._in_full: deque[Batch] = deque()  # of problems that no race can be run for
+
+    def idle(self) -> bool:
+        """Whether nothing is to be done before the next problem is there."""
+        return not (self._heats or self._in_full)
 
     def run(self, batches: Iterable[Batch | None], until: Until = iter) -> Iterator[tuple[Batch, list[Scored] | None]]:
         """As ``Passes.run``, with ``n_raced``, ``winner`` and ``audited`` among the means.
@@ -164,7 +169,7 @@ class RacePasses:
         student = self.passes.student
         free = torch.cuda.mem_get_info(student.device)[0] if student.device.type == "cuda" else available_memory()
         each = past_bytes(student) + (0 if self.rules.head_share is None else hidden_bytes(student))
-        return n_tokens * each * (1 + self.ahead) <= PAST_MEMORY_SHARE * free
+        return n_tokens * each * (1 + self.ahead) * self._sharing <= PAST_MEMORY_SHARE * free
 
     def _round(self, heat: _Heat) -> Iterator[Batch]:
         """The passes of a round, longest pieces first."""

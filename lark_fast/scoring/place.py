@@ -1,11 +1,12 @@
 """Where the student is: in this process, or in one process a device (``team.py``)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from lark_fast.racing.passes import RacePasses
 from lark_fast.rendering.renderer import Renderer, RenderOptions
 from lark_fast.scoring.facts import Facts
 from lark_fast.scoring.feed import Trajectory
@@ -17,7 +18,15 @@ if TYPE_CHECKING:
     from lark_fast.scoring.run import ScoreConfig
     from lark_fast.scoring.scorer import Scorer
 
-OnPiece = Callable[[Sequence[int], int], None]
+
+class Counter(Protocol):
+    """What hears of passes that are no trajectory's own: an ``Engine``."""
+
+    def on_piece(self, lengths: Sequence[int], n_scored: int) -> None:
+        """Of a pass that local scores have taken, see ``LocalPasses``."""
+
+    def on_race(self, starts: Sequence[int], lengths: Sequence[int], n_scored: int) -> None:
+        """Of a pass of a race, see ``RacePasses``."""
 
 
 class Place(Protocol):
@@ -37,12 +46,12 @@ class Place(Protocol):
     renderer: Renderer
     options: RenderOptions
 
-    def runner(self, local_steps: int | None, on_piece: OnPiece) -> AbstractContextManager["Runner"]:
-        """Forward passes.
+    def runner(self, config: "ScoreConfig", counter: Counter) -> AbstractContextManager["Runner"]:
+        """Forward passes, with local scores or as races where the run asks for them.
 
         Args:
-            local_steps: also give local scores with so many preceding steps, see ``local``.
-            on_piece: hears of the passes that this takes.
+            config: of the run.
+            counter: hears of the passes that these take.
         """
 
     def rounding_cost(self, config: "ScoreConfig", items: Sequence[Trajectory]) -> "RoundingCost | None":
@@ -74,12 +83,14 @@ class Here:
         return fp8_cost(self.scorer, items)
 
     @contextmanager
-    def runner(self, local_steps: int | None, on_piece: OnPiece) -> Iterator["Runner"]:
+    def runner(self, config: "ScoreConfig", counter: Counter) -> Iterator["Runner"]:
         """See ``Place``."""
         if self.scorer.fp8 is not None:  # nothing is scored without it from here on
             self.scorer.fp8.let_go()
         with self.scorer.passes() as passes:
-            if local_steps is None:
-                yield passes
+            if config.race is not None:
+                yield RacePasses(passes, config.race, counter.on_race)
+            elif config.local_steps is not None:
+                yield LocalPasses(passes, config.local_steps, lambda unit: unit.step_starts, counter.on_piece)
             else:
-                yield LocalPasses(passes, local_steps, lambda unit: unit.step_starts, on_piece)
+                yield passes

@@ -12,7 +12,7 @@ _FOR_ALL_TOKENS = "--per-token stores every token's statistics, and most tokens 
 
 
 def refuse_beside_race(config: "ScoreConfig") -> None:
-    """A race has one student in one process, passes of every size, and scores that are to be compared with nothing but
+    """A race has one student, whole problems, passes of every size, and scores that are to be compared with nothing but
     each other.
 
     Raises:
@@ -23,8 +23,6 @@ def refuse_beside_race(config: "ScoreConfig") -> None:
     apart = {
         "--after": config.after is not None,
         "--local-steps": config.local_steps is not None,
-        "--devices": config.devices is not None,
-        "--engine ray": config.engine == "ray",
         "--shard": config.shard is not None,
         "--export": config.export is not None,
         "--compile": config.compile,  # its passes are filled up to one shape, and pieces are small

@@ -291,7 +291,6 @@ def _score(
     summary: ScoreSummary,
     interrupts: Interrupts,
 ) -> None:
-    from lark_fast.racing.passes import RacePasses
     from lark_fast.racing.windows import cut_race_windows, problem_key
     from lark_fast.scoring.engine import Engine, cut_windows
 
@@ -330,13 +329,13 @@ def _score(
         elif _chose_bfloat16(config, store, facts):
             stream = _say_what_rounding_costs(config, place, feed)
         try:
-            with place.runner(config.local_steps, engine.on_piece) as runner:
+            with place.runner(config, engine) as runner:
                 how = (stream, runner.layout, store.unfinished, facts.tokens_per_window)
                 if config.race is None:
-                    engine.run(cut_windows(*how, config.head_share), runner, interrupts)
+                    cut = cut_windows(*how, config.head_share)
                 else:
                     cut = cut_race_windows(*how, config.race, begun)
-                    engine.run(cut, RacePasses(runner, config.race, engine.on_race), interrupts)
+                engine.run(cut, runner, interrupts)
         except BaseException:
             with suppress(OSError):  # what ended the run is what is to be told
                 watch.close()

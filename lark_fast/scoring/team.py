@@ -25,9 +25,20 @@ from lark_fast.rendering.renderer import Renderer
 from lark_fast.scoring.facts import Facts
 from lark_fast.scoring.feed import Trajectory
 from lark_fast.scoring.forward import Failed, Scored, Until, Work
-from lark_fast.scoring.place import OnPiece
+from lark_fast.scoring.place import Counter
 from lark_fast.scoring.run import ScoreConfig, students_of
-from lark_fast.scoring.team_member import Asked, Broken, PieceDone, Pulled, Ready, Refused, Result, serve
+from lark_fast.scoring.team_member import (
+    Asked,
+    Broken,
+    Entered,
+    PieceDone,
+    Pulled,
+    RacePassDone,
+    Ready,
+    Refused,
+    Result,
+    serve,
+)
 from lark_fast.student import load_tokenizer
 
 MOST_LOSSES = 3  # processes that a pass may cost, before its trajectories are tried singly; and one of these
@@ -143,9 +154,13 @@ class _Member:
         """Give it a pass."""
         units = job.batch.members
         starts = [unit.step_starts for unit in units] if with_steps else None
+        race = units[0].race
+        if race is not None:
+            race = Entered(race, [unit.copies for unit in units], [unit.token_hash for unit in units])
         job.left = set(range(len(units)))
         self.jobs.append(job)
-        self.process.send(pickle.dumps(Pulled(number=job.number, sequences=job.batch.sequences, step_starts=starts)))
+        pulled = Pulled(number=job.number, sequences=job.batch.sequences, step_starts=starts, race=race)
+        self.process.send(pickle.dumps(pulled))
 
     def end(self) -> None:
         """Kill its process."""
@@ -223,9 +238,9 @@ class Team:
         """See ``Place``: as above."""
 
     @contextmanager
-    def runner(self, local_steps: int | None, on_piece: OnPiece) -> Iterator["Team"]:
+    def runner(self, _: ScoreConfig, counter: Counter) -> Iterator["Team"]:
         """See ``Place``."""
-        self._on_piece = on_piece
+        self._counter = counter
         yield self
 
     def run(
@@ -278,7 +293,10 @@ class Team:
                     self._lose(member, f"failed ({said.reason})")
                 case PieceDone():
                     member.work = said.work
-                    self._on_piece(said.lengths, said.n_scored)
+                    self._counter.on_piece(said.lengths, said.n_scored)
+                case RacePassDone():
+                    member.work = said.work
+                    self._counter.on_race(said.starts, said.lengths, said.n_scored)
                 case Result():
                     member.work = said.work
                     results.append(self._take(member, said))
@@ -332,19 +350,20 @@ class Team:
         member.start()
 
     def _to_be_done_again(self, job: _Job, how: str) -> list[_Job]:
-        """What is left of a pass whose process was lost."""
+        """What is left of a pass whose process was lost; what is not the whole of a problem runs in no race."""
         batch, places = job.batch, sorted(job.left)
         if job.losses < MOST_LOSSES and len(places) == len(batch.members):
             return [job]
         del self._jobs[job.number]
+        units = [replace(unit, race=None) for unit in batch.members]
         if job.losses == MOST_LOSSES and len(places) == 1:
-            alone = self.layout.prepare([batch.members[places[0]]], [batch.sequences[places[0]]])
+            alone = self.layout.prepare([units[places[0]]], [batch.sequences[places[0]]])
             self._failed.append((alone, Failed(f"the process that scored it {how}, {MOST_LOSSES} times")))
             return []
         groups = [places] if job.losses < MOST_LOSSES else [[place] for place in places]
         jobs = []
         for group in groups:
-            parts = ([whole[place] for place in group] for whole in (batch.members, batch.sequences))
+            parts = ([whole[place] for place in group] for whole in (units, batch.sequences))
             losses = job.losses if group is places else 0
             jobs.append(_Job(next(self._numbers), self.layout.prepare(*parts), losses))
             self._jobs[jobs[-1].number] = jobs[-1]

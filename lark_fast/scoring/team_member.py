@@ -3,7 +3,7 @@
 import pickle
 import queue
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -15,6 +15,7 @@ from lark_fast.batch import Batch, Sequences
 from lark_fast.errors import UserError
 from lark_fast.kernels.token_stats import TokenStats
 from lark_fast.processes import Line
+from lark_fast.racing.passes import RacePasses
 from lark_fast.scoring.facts import Facts
 from lark_fast.scoring.forward import Passes, Scored, Work
 from lark_fast.scoring.local import LocalPasses
@@ -31,13 +32,22 @@ class Asked:
     weights: list[str] | None = None  # their fingerprints; None: they are those of the same machine
 
 
+class Entered(NamedTuple):
+    """A problem whose race is to be run, see ``Entrant``."""
+
+    race: str | None
+    copies: Sequence[int]
+    token_hashes: Sequence[bytes]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pulled:
-    """A pass that it is given."""
+    """A pass that it is given, or the candidates of a problem that are to race."""
 
     number: int
     sequences: Sequences
     step_starts: Sequence[NDArray[np.int32]] | None
+    race: Entered | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +76,16 @@ class Broken:
 class PieceDone:
     """A pass over pieces of trajectories is done, see ``LocalPasses``."""
 
+    lengths: Sequence[int]
+    n_scored: int
+    work: Work
+
+
+@dataclass(frozen=True, slots=True)
+class RacePassDone:
+    """A pass of a race is done, see ``RacePasses``."""
+
+    starts: Sequence[int]
     lengths: Sequence[int]
     n_scored: int
     work: Work
@@ -111,6 +131,9 @@ class _Place:
     job: int
     place: int
     step_starts: NDArray[np.int32] | None
+    race: str | None
+    copies: int
+    token_hash: bytes
 
 
 class TwoWay(Protocol):
@@ -150,14 +173,22 @@ def _serve(line: TwoWay, asked: Asked, where: str) -> None:
         raise UserError(f"--student {config.student}: other weights or another config than where the command runs")
     line.tell(pickle.dumps(Ready(Facts.of(scorer), where)))
     with scorer.passes() as passes:
-        runner = passes
-        if config.local_steps is not None:
+        runner, idle = passes, lambda: True
+        if config.race is not None:
+
+            def on_pass(starts: Sequence[int], lengths: Sequence[int], n_scored: int) -> None:
+                line.tell(pickle.dumps(RacePassDone(starts, lengths, n_scored, passes.work)))
+
+            sharing = asked.members if config.device == "cpu" else 1
+            runner = RacePasses(passes, config.race, on_pass, sharing)
+            idle = runner.idle
+        elif config.local_steps is not None:
 
             def on_piece(lengths: Sequence[int], n_scored: int) -> None:
                 line.tell(pickle.dumps(PieceDone(lengths, n_scored, passes.work)))
 
             runner = LocalPasses(passes, config.local_steps, lambda place: place.step_starts, on_piece)
-        for batch, scored in runner.run(_pulled(line, passes)):
+        for batch, scored in runner.run(_pulled(line, passes, idle)):
             (job,) = {member.job for member in batch.members}
             result = Result(
                 job=job,
@@ -173,12 +204,17 @@ def weights_of(config: ScoreConfig) -> list[str]:
     return [files.fingerprint()["weights"] for files in students_of(config)]
 
 
-def _pulled(line: TwoWay, passes: Passes) -> Iterator[Batch | None]:
-    """The passes that it is given; None before it waits for one."""
+def _pulled(line: TwoWay, passes: Passes, idle: Callable[[], bool]) -> Iterator[Batch | None]:
+    """The passes that it is given; None before it waits for one, and where something else is to be done meanwhile."""
     while True:
         if line.received.empty():
             yield None
+            if not idle():
+                continue
         given: Pulled = pickle.loads(line.received.get())
-        starts = given.step_starts or [None] * len(given.sequences)
-        places = [_Place(given.number, place, steps) for place, steps in enumerate(starts)]
+        n = len(given.sequences)
+        starts = given.step_starts or [None] * n
+        race, copies, hashes = given.race or Entered(None, [1] * n, [b""] * n)
+        each = zip(starts, copies, hashes, strict=True)
+        places = [_Place(given.number, place, steps, race, *of) for place, (steps, *of) in enumerate(each)]
         yield passes.layout.prepare(places, given.sequences)
