@@ -34,6 +34,11 @@ class Past:
         self.kept: list[Tensor] = []
         self._layers: dict[int, list[tuple[Tensor, Tensor]]] = {}  # a piece each: [G, t, d] and [G, t, e]
 
+    @property
+    def n_bytes(self) -> int:
+        """Of its keys and values."""
+        return sum(part.nbytes for pieces in self._layers.values() for piece in pieces for part in piece)
+
     def of(self, layer: int) -> list[tuple[Tensor, Tensor]]:
         """Those of a layer, piece by piece."""
         return self._layers.get(layer, [])

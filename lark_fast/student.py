@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 PROBE_TOKENS = 4
 PROBE_LENGTHS = (7, 12, 1, 5)
 WHOLE_PROBE = [(0, length) for length in PROBE_LENGTHS]
+
+T = TypeVar("T")
 
 
 class Student:
@@ -201,13 +203,18 @@ class Student:
             return "its layers mix tokens in ways that packs are not known to keep"
         return self._found(self._packing_fault)
 
-    @cached_property
+    @property
     def continues(self) -> bool:
         """Whether a sequence may pass through in pieces, of which each sees those before it; found by trial."""
-        whole = self.unpackable is None and self.length_regime is None and self.ranks is None
-        return whole and self._found(self._continuing_fault) is None
+        return self.past_bytes is not None
 
-    def _found(self, look: Callable[[], str | None]) -> str | None:
+    @cached_property
+    def past_bytes(self) -> float | None:
+        """What a token leaves behind for those after it; None where no sequence may pass through in pieces."""
+        whole = self.unpackable is None and self.length_regime is None and self.ranks is None
+        return self._found(self._left_behind) if whole else None
+
+    def _found(self, look: Callable[[], T]) -> T:
         """What is found with the model in evaluation mode; over ranks, what the first of them finds."""
         was_training = self.model.training
         self.model.eval()
@@ -234,7 +241,7 @@ class Student:
         return None if self._alike(together, alone) else "its tokens see those of other sequences"
 
     @torch.no_grad()
-    def _continuing_fault(self) -> str | None:
+    def _left_behind(self) -> float | None:
         pasts = [Past() for _ in PROBE_LENGTHS]
         halves = [(0, length // 2) for _, length in WHOLE_PROBE], [(length // 2, length) for _, length in WHOLE_PROBE]
         parts = []
@@ -249,10 +256,12 @@ class Student:
                     made = self.hidden(ids, pack, places, past)[0]
                     past.commit()
                     parts.append(made.split([end - start for start, end in half]))
-        except Exception as error:  # of a model that takes no such cache, or a kernel that does not run here
-            return one_line(error)
+        except Exception:  # of a model that takes no such cache, or a kernel that does not run here
+            return None
         together = torch.cat([part for pair in zip(*parts, strict=True) for part in pair])
-        return None if self._alike(together, whole) else "a sequence in pieces is another"
+        if not self._alike(together, whole):
+            return None
+        return sum(past.n_bytes for past in pasts) / sum(past.length for past in pasts)
 
     def _probe(self, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Pack, Tensor]:
         """Token ids, pack and places of some sequences, of each the tokens from one place to another."""

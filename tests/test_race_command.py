@@ -10,6 +10,7 @@ import pytest
 
 from lark_fast.racing.outcome import read_race
 from lark_fast.racing.rules import RaceRules
+from lark_fast.report.sources import Scores
 from lark_fast.scoring.parts import part_files
 from tests.command import NO_CEILING, write_jsonl, write_student
 from tests.races import PROBLEMS, RACED, make_records
@@ -284,3 +285,11 @@ def test_candidates_that_do_not_lie_together(place, forks):
     write_jsonl(place / "scattered.jsonl", records[1:] + records[:1])
     told = forks.run(*score(place, place / "scattered", "--race", 2, pool="scattered.jsonl"), code=2)
     assert "--race needs a problem's candidates together: sort the pool by problem_id" in told.stderr
+
+
+def test_a_report_says_what_is_forecast(place, raced, sampled, full):
+    for name, scores in (("raced", raced[0]), ("sampled", sampled[0])):
+        stopped = sum(row["n_raced"] < row["n_tokens"] and not row["audited"] for row in scores.values())
+        (said,) = Scores(str(place / name)).caveats
+        assert f"{stopped} of {len(scores)} trajectories were stopped early" in said
+    assert Scores(str(place / "full")).caveats == []

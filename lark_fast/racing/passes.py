@@ -168,7 +168,7 @@ class RacePasses:
     def _has_room(self, n_tokens: int) -> bool:
         student = self.passes.student
         free = torch.cuda.mem_get_info(student.device)[0] if student.device.type == "cuda" else available_memory()
-        each = past_bytes(student) + (0 if self.rules.head_share is None else hidden_bytes(student))
+        each = student.past_bytes + (0 if self.rules.head_share is None else hidden_bytes(student))
         return n_tokens * each * (1 + self.ahead) * self._sharing <= PAST_MEMORY_SHARE * free
 
     def _round(self, heat: _Heat) -> Iterator[Batch]:
@@ -289,11 +289,3 @@ def _with(one: Scored, n_raced: int, winner: bool | None, audited: bool) -> Scor
 def hidden_bytes(student: Student) -> int:
     """Of what the head reads of a token."""
     return student.head.weight.shape[1] * student.dtype.itemsize
-
-
-def past_bytes(student: Student) -> int:
-    """Of the keys and values of a token."""
-    config = student.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * student.dtype.itemsize

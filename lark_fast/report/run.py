@@ -26,6 +26,7 @@ def make_report(config: ReportConfig) -> ReportSummary:
     training = {directory: read_training(directory) for directory in config.checkpoints}
     evaluations = read_evaluations(config.evaluations)
     problems, notes = _shown(config, scores, selection)
+    notes = [*scores.caveats, *notes]
     if selection is None:
         notes.insert(0, "No selection is shown; --selection adds it.")
 

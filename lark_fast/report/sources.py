@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from lark_fast.errors import UserError
 from lark_fast.evaluation.results import SUMMARY, read_results
+from lark_fast.racing.outcome import read_race
+from lark_fast.racing.rules import RaceRules
 from lark_fast.scoring.store import read_finished
 from lark_fast.selection.first_pass import g_hat_of_the_rest
 from lark_fast.selection.scored_rows import ScoredRows, key_hash, key_hashes
@@ -81,6 +83,22 @@ class Scores:
         codes = pa.chunked_array(hashes).combine_chunks().dictionary_encode().indices.to_numpy()
         pairs = self.rows.problem.astype(np.int64) * (int(codes.max()) + 1) + codes
         return len(pairs) - len(np.unique(pairs))
+
+    @cached_property
+    def caveats(self) -> list[str]:
+        """What has to be known of scores that are not all exact."""
+        identity = self.manifest["identity"]
+        race, share = identity.get("race"), identity.get("head_share")
+        if race is not None:
+            forecast = read_race(self.directory, RaceRules(**race)).stopped
+            return [
+                f"The scores are of a race for the {race['budget']} best of each problem: {forecast:,} of "
+                f"{len(self.rows):,} trajectories were stopped early, and their nll, Brier score, rho and g_hat are "
+                "forecasts."
+            ]
+        if share is not None:
+            return [f"nll, Brier score, rho and g_hat are estimates, from a {share:g} share of the scored positions."]
+        return []
 
     @cached_property
     def rejects(self) -> Reasons:
