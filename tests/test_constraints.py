@@ -1,5 +1,7 @@
 """The constraints file: what it may say, and one clear line for everything else."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -67,6 +69,15 @@ def test_a_file_may_say_one_thing(write, text):
     read_constraints(write(text))
 
 
+@pytest.fixture
+def usual_depth():
+    """How deep calls may go, which a library that another test uses may have changed."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -117,7 +128,7 @@ def test_a_file_may_say_one_thing(write, text):
         ("[" * 600, "nested too deeply"),
     ],
 )
-def test_what_a_file_must_not_say(write, text, said):
+def test_what_a_file_must_not_say(write, text, said, usual_depth):
     path = write(text)
     with pytest.raises(UserError) as caught:
         read_constraints(path)

@@ -241,6 +241,7 @@ class TestDevice:
 
     def test_what_is_tried(self, monkeypatch):
         """On a CPU the trial itself runs too."""
+        monkeypatch.setattr(fp8, "TRIAL", (20, 32, 48))
         assert fp8._trial(torch.device("cpu")) is None
         monkeypatch.setattr("torch._scaled_mm", lambda a, b, **_: torch.zeros(len(a), b.shape[1]))
         assert fp8._trial(torch.device("cpu")) == "its FP8 products are 100% off"
@@ -336,6 +337,9 @@ class TestRun:
         assert ours["token_hash"].equals(theirs["token_hash"])
         scores = [Scores(*(rows[name].to_numpy() for name in ("nll", "brier"))) for rows in (theirs, ours)]
         assert summary.fp8.tokens == sum(theirs["n_input_tokens"].to_pylist())
+        told = summary.as_json()
+        assert told["fp8_same_top"] == summary.fp8.agreement.same_top
+        assert told["fp8_speed"] > 0
         expected = agreement(*scores, ours["problem_id"].to_pylist(), FP8_BUDGET).as_json()
         for name in ("nll", "g_hat"):
             assert cost["agreement"][name] == pytest.approx(expected[name], rel=1e-3)

@@ -13,6 +13,7 @@ from lark_fast.errors import UserError
 from lark_fast.memory import available_memory
 from lark_fast.scoring.agreement import Agreement, Scores, agreement
 from lark_fast.scoring.feed import Trajectory
+from lark_fast.scoring.metrics import json_number
 
 if TYPE_CHECKING:
     from lark_fast.scoring.place import Place
@@ -27,6 +28,7 @@ SAMPLE_TOKENS = 4096
 # Of what is scored in FP8 and without: a few seconds of a GPU, and no more of a CPU than is needed to try it.
 FP8_PROBLEMS, FP8_GPU_TOKENS, FP8_CPU_TOKENS = 64, 200_000, 4096
 FP8_BUDGET = 3  # candidates of a problem that get weight, in what is said of selections
+FP8 = ("speed", "spearman_g_hat", "same_top", "total_variation")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +125,17 @@ class Fp8Cost:
     def as_json(self) -> dict[str, Any]:
         """Its fields by name."""
         return asdict(self) | {"agreement": self.agreement.as_json()}
+
+    def in_summary(self) -> dict[str, float | None]:
+        """What matters most, flat, by name; what is not known is None."""
+        found = self.agreement
+        numbers = (
+            self.fp8_tokens_per_second / self.own_tokens_per_second,
+            found.g_hat.spearman,
+            found.same_top,
+            found.total_variation,
+        )
+        return {f"fp8_{name}": json_number(number) for name, number in zip(FP8, numbers, strict=True)}
 
 
 def whole_problems(

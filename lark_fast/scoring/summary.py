@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lark_fast.flop import with_prefix
 from lark_fast.pool.shares import Share
@@ -13,9 +13,7 @@ from lark_fast.scoring.delta import DELTA, Delta
 from lark_fast.scoring.estimate import ESTIMATED, Estimate
 from lark_fast.scoring.head_summary import HEAD_SUMMARY, HeadSummary
 from lark_fast.scoring.metrics import Account
-
-if TYPE_CHECKING:
-    from lark_fast.scoring.precision import Fp8Cost
+from lark_fast.scoring.precision import FP8, Fp8Cost
 
 SHOWN_REJECTS = 3
 OF_PASSES = ("tokens_per_second", "ceiling_share", "device_busy_share", "writing_share", "padding_share")
@@ -47,7 +45,7 @@ class ScoreSummary:
     delta: Delta | None = None  # of two states of a student
     race: RaceOutcome | None = None
     sample: HeadSummary | None = None  # with --head-share
-    fp8: "Fp8Cost | None" = None  # as measured in this run
+    fp8: Fp8Cost | None = None  # as measured in this run
 
     records = _of_account("records")
     scored = _of_account("scored")
@@ -166,15 +164,17 @@ class ScoreSummary:
         paired_*                                    ``Delta.as_json``, of two states of a student
         race_*                                      ``RaceOutcome.as_json``, of a race
         sample_*                                    ``HeadSummary.as_json``, with --head-share
+        fp8_*                                       ``Fp8Cost.in_summary``, of the sample that a run in FP8 begins with
         """
         unknown = {f"estimated_{name}": None for name in ESTIMATED}
         estimated = self.estimate.as_json() if self.estimate else unknown
         delta = self.delta.as_json() if self.delta else {f"paired_{name}": None for name in DELTA}
         race = self.race.as_json() if self.race else {f"race_{name}": None for name in RACE}
         sample = self.sample.as_json() if self.sample else {f"sample_{name}": None for name in HEAD_SUMMARY}
+        fp8 = self.fp8.in_summary() if self.fp8 else {f"fp8_{name}": None for name in FP8}
         own = ("truncated", "first_rejects", "rows", "problems", "not_finite")
         run = {"out": self.out, "complete": self.complete, "dry_run": self.dry_run}
         account = self.account.as_json(self.ceiling)
         if self.dry_run:  # its seconds are those of rendering
             account |= dict.fromkeys(OF_PASSES)
-        return run | account | {name: getattr(self, name) for name in own} | estimated | delta | race | sample
+        return run | account | {name: getattr(self, name) for name in own} | estimated | delta | race | sample | fp8
