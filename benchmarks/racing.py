@@ -9,7 +9,6 @@ reads a sample, with FLOP of students in which it dominates as well.
 
 import argparse
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from lark_fast.batch import Targets
 from lark_fast.files import write_json
 from lark_fast.flop import ForwardCost
 from lark_fast.pool.reading import Pool, Rejected
+from lark_fast.racing.bernstein import BernsteinForecaster
 from lark_fast.racing.forecast import Forecaster
 from lark_fast.racing.outcome import missed_winners, proportion_interval
 from lark_fast.racing.race import Race, replay
@@ -47,28 +47,6 @@ class RunningMeans(Forecaster):
 
     def table(self, values: NDArray[np.float64], seen: NDArray[np.bool_]) -> NDArray[np.float64]:
         return np.zeros(len(values))
-
-
-def bernstein(rules: RaceRules) -> type[Forecaster]:
-    """Intervals by the empirical inequality of Maurer and Pontil (2009), theorem 4, in place of standard deviations.
-
-    Tokens are taken as independent draws, of a range that nobody knows: that which has been seen.
-    """
-
-    class Bernstein(Forecaster):
-        def _spread(
-            self, residuals: NDArray[np.float64], seen: NDArray[np.bool_]
-        ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-            shrunk, _ = super()._spread(residuals, seen)
-            known = self.count(seen)
-            log = math.log(2 * rules.budget / rules.risk)
-            mean = self._sum(residuals) / known
-            variance = np.maximum(0.0, self._sum(residuals**2) / known - mean**2) * known / np.maximum(1, known - 1)
-            extent = float(residuals.max() - residuals.min())
-            half = np.sqrt(2 * variance * log / known) + 7 * extent * log / (3 * np.maximum(1, known - 1))
-            return shrunk, (self.lengths - known) / self.lengths * half / rules.deviations
-
-    return Bernstein
 
 
 class Candidate(NamedTuple):
@@ -156,7 +134,7 @@ def raced(
     problems: dict[str, list[Candidate]], rules: RaceRules, kind: str, costs: dict[str, ForwardCost]
 ) -> dict[str, Any]:
     """All races by these rules, beside the full scores."""
-    forecasts = {"table": Forecaster, "running means": RunningMeans}.get(kind) or bernstein(rules)
+    forecasts = {"table": Forecaster, "running means": RunningMeans, "Bernstein": BernsteinForecaster}[kind]
     exact, made, name, missed, spent, audited = [], [], [], [], [], []
     flop: dict[str, list[tuple[float, float, float]]] = {of: [] for of in costs}
     for problem, own in problems.items():
@@ -248,7 +226,8 @@ def correlation(problems: dict[str, list[Candidate]]) -> dict[str, float]:
     """
     sums = dict.fromkeys((0, *LAGS), 0.0)
     for own in problems.values():
-        made = Forecaster([one.words for one in own], [one.before for one in own], np.ones(len(own)))
+        words, before = [one.words for one in own], [one.before for one in own]
+        made = Forecaster(words, before, np.ones(len(own)), RaceRules(budget=1))
         nll = np.concatenate([one.nll for one in own])
         apart = nll - made.table(nll, np.ones(len(nll), dtype=bool))
         for part in np.split(apart, np.cumsum(made.lengths)[:-1]):

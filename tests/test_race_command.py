@@ -12,6 +12,7 @@ from lark_fast.racing.outcome import read_race
 from lark_fast.racing.rules import RaceRules
 from lark_fast.report.sources import Scores
 from lark_fast.scoring.parts import part_files
+from lark_fast.scoring.store import read_manifest
 from tests.command import NO_CEILING, write_jsonl, write_student
 from tests.races import PROBLEMS, RACED, make_records
 
@@ -157,6 +158,15 @@ def test_a_pool_without_a_race(place, forks):
     assert "race: none was run; it takes more than 3 candidates a problem" in told
 
 
+def test_bernsteins_bounds_stop_fewer(place, forks, full, raced):
+    told = forks.run(*score(place, place / "bernstein", "--race", 2, "--race-bounds", "bernstein", "--json"))
+    assert json.loads(told.stdout)["race_share"] > raced[1]["race_share"]
+    assert read_manifest(place / "bernstein")["identity"]["race"]["bounds"] == "bernstein"
+    for key, row in rows(place / "bernstein").items():
+        if row["n_raced"] == row["n_tokens"]:
+            assert row["nll"] == pytest.approx(full[key]["nll"], rel=1e-6)
+
+
 @pytest.fixture(scope="module")
 def sampled(place, forks):
     told = forks.run(*score(place, place / "sampled", "--race", 2, "--race-risk", 0.2, "--head-share", 0.5, "--json"))
@@ -244,6 +254,8 @@ def test_selection(place, forks, raced, full):
     ("more", "said"),
     [
         (("--race-risk", 0.1), "--race-risk goes with --race"),
+        (("--race-bounds", "bernstein"), "--race-bounds goes with --race"),
+        (("--race", 2, "--race-risk", 0, "--race-bounds", "normal"), "--race-risk 0 has bounds of its own"),
         (("--race", 2, "--race-risk", 0.7), "--race-risk 0.7: lies between 0 and 0.5"),
         (("--race", 2, "--race-risk", "nan"), "lies between"),
         (("--race", 2, "--shard", "0/2"), "--race does not go with --shard"),

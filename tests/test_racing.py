@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lark_fast.racing.bernstein import BernsteinForecaster
 from lark_fast.racing.forecast import Forecaster
 from lark_fast.racing.outcome import missed_winners, proportion_interval
-from lark_fast.racing.race import Race, replay
+from lark_fast.racing.race import FORECASTERS, Race, replay
 from lark_fast.racing.rules import RaceRules
 from lark_fast.scoring.head_sampling import sample_rows
 from tests.races import make_problem, order
@@ -25,10 +26,16 @@ def samples_of(problem, share):
     return [sample_rows(len(own), share, k.to_bytes(16)) for k, own in enumerate(problem[0])]
 
 
+def forecaster(words, before):
+    return Forecaster(words, before, np.ones(len(words)), RaceRules(budget=1))
+
+
 def forecast(problem, known):
     words, before, nll, brier = problem
     seen = np.concatenate([np.arange(len(own)) < n for own, n in zip(words, known, strict=True)])
-    return Forecaster(words, before, np.ones(len(words)))(seen, np.concatenate(nll), np.concatenate(brier))
+    return Forecaster(words, before, np.ones(len(words)), RaceRules(budget=1))(
+        seen, np.concatenate(nll), np.concatenate(brier)
+    )
 
 
 def test_what_is_known_is_not_forecast():
@@ -44,7 +51,7 @@ def test_what_is_known_is_not_forecast():
 def test_the_table_is_its_definition():
     words, before, nll, _ = make_problem(1, candidates=3, shortest=5, longest=12, words=4)
     known = np.array([4, 3, 5])
-    made = Forecaster(words, before, np.ones(3))
+    made = forecaster(words, before)
     place = np.concatenate([np.arange(len(x)) for x in words])
     seen = place < np.repeat(known, made.lengths)
     values = np.where(seen, np.concatenate(nll), 0.0)
@@ -128,7 +135,10 @@ def test_what_the_head_has_passed_over_is_forecast_as_what_is_to_come():
     scaled = []
     for seed in range(40):
         words, before, nll, brier = make_problem(seed, candidates=10, shortest=150, longest=300)
-        made, values = Forecaster(words, before, np.ones(10)), (np.concatenate(nll), np.concatenate(brier))
+        made, values = (
+            forecaster(words, before),
+            (np.concatenate(nll), np.concatenate(brier)),
+        )
         seen = np.random.default_rng(seed).random(len(values[0])) < 0.3
         exact, ours = made(np.ones(len(seen), bool), *values), made(seen, *values)
         m = exact.brier.sum() / exact.nll.sum()
@@ -145,6 +155,32 @@ def test_samples_of_a_token_or_all_come_to_an_end(sampled):
     out = race(problem, samples=samples, budget=1, risk=0.3)
     assert np.isfinite([*out.nll, *out.brier]).all()
     assert out.known[out.winner] == [len(problem[0][k]) for k in np.flatnonzero(out.winner)]
+
+
+def test_bernsteins_bounds_are_wider():
+    words, before, nll, brier = make_problem(2, candidates=8, shortest=200, longest=400)
+    seen = np.concatenate([np.arange(len(own)) < len(own) // 2 for own in words])
+    values, rules = (np.concatenate(nll), np.concatenate(brier)), RaceRules(budget=2, risk=0.1, bounds="bernstein")
+    normal, ours = (made(words, before, np.ones(8), rules)(seen, *values) for made in FORECASTERS.values())
+    np.testing.assert_array_equal(ours.h, normal.h)
+    assert (ours.sd > normal.sd).all()
+    # The inequality itself, of residuals that are all known.
+    made = BernsteinForecaster(words, before, np.ones(8), rules)
+    residuals = np.where(seen, np.random.default_rng(0).normal(size=len(seen)), 0.0)
+    _, sd = made._spread(residuals, seen)
+    first = residuals[: len(words[0]) // 2]
+    n, log = len(first), np.log(2 * 2 / 0.1)
+    width = np.sqrt(2 * first.var(ddof=1) * log / n) + 7 * np.ptp(residuals) * log / (3 * (n - 1))
+    assert sd[0] * rules.deviations == pytest.approx((len(words[0]) - n) / len(words[0]) * width)
+    problem = make_problem(2, candidates=16, shortest=200, longest=500, apart=0.3)
+    spent = [race(problem, budget=2, risk=0.1, bounds=bounds).known.sum() for bounds in FORECASTERS]
+    assert spent[0] < spent[1]
+
+
+def test_what_a_store_is_of():
+    assert RaceRules(budget=2).as_json() == {"budget": 2, "risk": 0.05}
+    rules = RaceRules(budget=2, risk=0.1, head_share=0.5, bounds="bernstein")
+    assert RaceRules(**rules.as_json()) == rules
 
 
 def test_the_order_of_candidates_is_nothing_to_it():

@@ -34,6 +34,13 @@ from lark_fast.cli.options import (
 from lark_fast.racing.rules import DEFAULT_RISK, HIGHEST_RISK, RaceRules
 
 
+class RaceBounds(StrEnum):
+    """How the errors of a race's forecasts are bounded."""
+
+    normal = "normal"
+    bernstein = "bernstein"
+
+
 class Engine(StrEnum):
     """What runs the student."""
 
@@ -113,6 +120,10 @@ def score(
         float | None,
         typer.Option(help="Of stopping one of the best, a problem; audited. 0: hard bounds alone. Default: 0.05."),
     ] = None,
+    race_bounds: Annotated[
+        RaceBounds | None,
+        typer.Option(help="Of what a race does not know yet: normal quantiles, or Bernstein's inequality, wider."),
+    ] = None,
     head_share: Annotated[
         float | None,
         typer.Option(
@@ -157,7 +168,7 @@ def score(
         tokens_per_batch=number_or_auto(tokens_per_batch, "--tokens-per-batch", at_least=1),
         workers=number_or_auto(workers, "--workers", at_least=0),
         compile=compile,
-        race=_race_rules(race, race_risk, head_share),
+        race=_race_rules(race, race_risk, race_bounds, head_share),
         local_steps=local_steps,
         head_share=None if race is not None else head_share,
         limit=limit,
@@ -199,14 +210,20 @@ def _refuse_mixed(
         raise UserError("--local-steps takes one --student; give it a run and a directory of its own")
 
 
-def _race_rules(budget: int | None, risk: float | None, head_share: float | None) -> RaceRules | None:
+def _race_rules(
+    budget: int | None, risk: float | None, bounds: RaceBounds | None, head_share: float | None
+) -> RaceRules | None:
     from lark_fast.errors import UserError
 
     if budget is None:
-        if risk is not None:
-            raise UserError("--race-risk goes with --race")
+        for name, given in (("--race-risk", risk), ("--race-bounds", bounds)):
+            if given is not None:
+                raise UserError(f"{name} goes with --race")
         return None
     risk = DEFAULT_RISK if risk is None else risk
     if not 0 <= risk <= HIGHEST_RISK:
         raise UserError(f"--race-risk {risk:g}: lies between 0 and {HIGHEST_RISK:g}")
-    return RaceRules(budget=budget, risk=risk, head_share=head_share)
+    if risk == 0 and bounds is not None:
+        raise UserError(f"--race-bounds {bounds.value}: --race-risk 0 has bounds of its own; leave one of the two away")
+    chosen = RaceBounds.normal if bounds is None else bounds
+    return RaceRules(budget=budget, risk=risk, head_share=head_share, bounds=chosen.value)

@@ -33,8 +33,8 @@ together, since a drift is common to them.
 Stated assumptions: the drift along trajectories that the table does not see (a text's end may be easier than its words
 say) is the same for all candidates at the same share of their lengths, and so leaves their order alone; errors are
 nearly normal. Neither holds exactly: on long answers errors were 1.5 times what sd says, which the rule that several
-have to be ahead takes up in part. The audit measures what comes of it. An interval by Bernstein's inequality would
-assume less and take more tokens (docs/less.md has both).
+have to be ahead takes up in part. The audit measures what comes of it. ``bernstein.py`` assumes less of them, and takes
+more tokens.
 """
 
 import itertools
@@ -43,6 +43,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from lark_fast.racing.rules import RaceRules
 
 BLOCK = 32  # tokens whose mean counts as one draw
 WORD_WEIGHT, PAIR_WEIGHT = 4.0, 2.0  # of what stands behind a word, and behind a pair of words, in scored tokens
@@ -66,9 +68,13 @@ class Forecaster:
         words: of each candidate, the token ids that are scored, ``[T]``.
         before: the token ids before these, ``[T]``.
         copies: how many candidates of the problem have these tokens.
+        rules: of the race.
     """
 
-    def __init__(self, words: Sequence[ArrayLike], before: Sequence[ArrayLike], copies: ArrayLike) -> None:
+    def __init__(
+        self, words: Sequence[ArrayLike], before: Sequence[ArrayLike], copies: ArrayLike, rules: RaceRules
+    ) -> None:
+        self._rules = rules
         self.lengths = np.array([len(own) for own in words])
         self._copies = np.asarray(copies, dtype=np.float64)
         bounds = np.concatenate([[0], np.cumsum(self.lengths)])

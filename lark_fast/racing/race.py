@@ -22,10 +22,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lark_fast.racing.bernstein import BernsteinForecaster
 from lark_fast.racing.forecast import Forecast, Forecaster
 from lark_fast.racing.rules import FEWEST, RaceRules
 from lark_fast.scoring.learnability import g_hat
 
+FORECASTERS = {"normal": Forecaster, "bernstein": BernsteinForecaster}
 MOST_BRIER = 2.0
 FURTHER = 0.2  # of their lengths, that those who have stopped are scored on where m has to be known better
 MARGIN = 1e-9  # of sums in another order
@@ -54,7 +56,7 @@ class Race:
     Args:
         words, before, copies: see ``Forecaster``.
         rules: what it is run by.
-        forecasts: what makes forecasts.
+        forecasts: what makes forecasts; None: what the rules say.
         samples: of each candidate, the tokens that the head reads while it is running, places among those that are
             scored, rising; None: it reads all.
 
@@ -69,10 +71,10 @@ class Race:
         before: Sequence[ArrayLike],
         copies: ArrayLike,
         rules: RaceRules,
-        forecasts: type[Forecaster] = Forecaster,
+        forecasts: type[Forecaster] | None = None,
         samples: Sequence[ArrayLike] | None = None,
     ) -> None:
-        self._forecaster = forecasts(words, before, copies)
+        self._forecaster = (forecasts or FORECASTERS[rules.bounds])(words, before, copies, rules)
         self._copies, self._rules = np.asarray(copies), rules
         self.lengths = self._forecaster.lengths
         bounds = np.concatenate([[0], np.cumsum(self.lengths)])

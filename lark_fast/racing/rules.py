@@ -1,6 +1,6 @@
 """What a race is run by."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from statistics import NormalDist
 from typing import Any
 
@@ -26,11 +26,13 @@ class RaceRules:
         risk: that one of them is stopped, per problem; 0: hard bounds alone.
         head_share: of the scored tokens of those who are running, the head reads this share, see ``head_sampling``;
             winners are read in full. None: it reads all.
+        bounds: how the errors of forecasts are bounded, "normal" (``forecast.py``) or "bernstein" (``bernstein.py``).
     """
 
     budget: int
     risk: float = DEFAULT_RISK
     head_share: float | None = None
+    bounds: str = "normal"
 
     @property
     def rounds(self) -> tuple[float, ...]:
@@ -52,4 +54,9 @@ class RaceRules:
 
     def as_json(self) -> dict[str, Any]:
         """What decides the numbers, as a store's identity has it."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        always = {"budget": self.budget, "risk": self.risk}  # the others came later, and stores do not have them
+        return always | {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name not in always and getattr(self, field.name) != field.default
+        }
