@@ -17,6 +17,7 @@ from lark_fast.scoring.head_summary import HEAD_SUMMARY
 from lark_fast.scoring.learnability import g_hat
 from lark_fast.scoring.metrics import Account
 from lark_fast.scoring.parts import part_files, schema
+from lark_fast.scoring.precision import FP8
 from lark_fast.scoring.store import read_manifest
 from tests.command import STOP, make_records, run, write_jsonl, write_student
 from tests.score_rows import table
@@ -208,6 +209,7 @@ RUN = {"out", "complete", "dry_run", "first_rejects", "rows", "problems", "not_f
 RUN |= {f"paired_{name}" for name in DELTA}  # None: this is one student
 RUN |= {f"race_{name}" for name in RACE}  # None: nobody races
 RUN |= {f"sample_{name}" for name in HEAD_SUMMARY}  # None: all positions are read
+RUN |= {f"fp8_{name}" for name in FP8}  # None: it is not in FP8
 ACCOUNT = {
     *("seconds", "device_seconds", "waiting_seconds", "render_seconds", "write_seconds", "finish_seconds"),
     *("rendered_tokens", "local_tokens", "passed_tokens", "head_tokens", "devices"),
