@@ -23,6 +23,7 @@ WORDS = [
 ]
 HARD = ["zyx", "qvw", "kjx", "7#!", "%%@", "xxq", "wqz"]
 PROBLEMS, RACED = 14, 10  # the others have too few candidates
+RACE_SHORT_ONES = "import lark_fast.racing.rules\nlark_fast.racing.rules.SHORTEST = 0\n"
 
 
 def make_records():

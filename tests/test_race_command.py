@@ -14,7 +14,7 @@ from lark_fast.report.sources import Scores
 from lark_fast.scoring.parts import part_files
 from lark_fast.scoring.store import read_manifest
 from tests.command import NO_CEILING, write_jsonl, write_student
-from tests.races import PROBLEMS, RACED, make_records
+from tests.races import PROBLEMS, RACE_SHORT_ONES, RACED, make_records
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def forks(forks):
-    return forks.preceded_by(NO_CEILING)
+    return forks.preceded_by(NO_CEILING + RACE_SHORT_ONES)
 
 
 def score(place, out, *more, pool="pool.jsonl"):
@@ -137,7 +137,7 @@ def test_the_order_of_problems_is_nothing_to_it(place, forks, raced):
 
 def test_without_keys_and_values_the_same_comes_out(place, forks, raced):
     # Of a student that cannot go on, pieces pass again from their first token.
-    before = NO_CEILING + "\nimport lark_fast.racing.passes\nlark_fast.racing.passes.PAST_MEMORY_SHARE = 0.0\n"
+    before = "\nimport lark_fast.racing.passes\nlark_fast.racing.passes.PAST_MEMORY_SHARE = 0.0\n"
     told = json.loads(forks.run(*score(place, place / "anew", "--race", 2, "--json"), before=before).stdout)
     assert told["passed_tokens"] > raced[1]["passed_tokens"]
     for key, row in rows(place / "anew").items():
@@ -150,6 +150,13 @@ def test_a_pool_of_which_every_race_is_audited(place, forks, raced):
     write_jsonl(place / "audited.jsonl", [one for one in make_records() if str(one["problem_id"]) in audited])
     told = forks.run(*score(place, place / "audited", "--race", 2, pool="audited.jsonl")).stdout
     assert f"race for 2: {len(audited)} problems, 100.0% of the scored tokens were scored, 0 candidates stopped" in told
+
+
+def test_short_answers_do_not_race(place, forks):
+    shortest = "lark_fast.racing.rules.SHORTEST = 320\n"
+    told = forks.run(*score(place, place / "short", "--race", 2), before=shortest).stdout
+    assert "of 320 scored tokens or more in the mean" in told
+    assert all(row["winner"] is None and row["n_raced"] == row["n_tokens"] for row in rows(place / "short").values())
 
 
 def test_a_pool_without_a_race(place, forks):

@@ -12,6 +12,11 @@ from lark_fast.scoring.layout import Layout
 RULES = RaceRules(budget=2)
 
 
+@pytest.fixture(autouse=True)
+def short_ones_race(monkeypatch):
+    monkeypatch.setattr("lark_fast.racing.rules.SHORTEST", 0)
+
+
 def trajectories(*sizes, alike=()):
     """Problems of so many candidates; of those in ``alike`` all candidates have the same tokens."""
     made = []
@@ -48,6 +53,13 @@ def test_who_runs():
     assert [batch for batch in batches if batch[0] is not None] == [("0", keys(0, 4))]
     in_full = [key for race, own in batches if race is None for key in own]
     assert sorted(in_full) == keys(1, 3) + keys(2, 4) + keys(3, 5)
+
+
+def test_who_is_long_enough(monkeypatch):
+    items = trajectories(4, 4)  # of 19 to 28 scored tokens, 23.5 in the mean
+    for shortest, runs in ((0, ["0", "1"]), (23, ["0", "1"]), (24, [])):
+        monkeypatch.setattr("lark_fast.racing.rules.SHORTEST", shortest)
+        assert [race for race, _ in cut(items) if race is not None] == runs
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_same_passes():

@@ -154,11 +154,12 @@ def test_races(tmp_path, forks, student):
     (pool, bad), asked = (tmp_path / "pool.jsonl", tmp_path / "bad.jsonl"), ("--race", 2, "--race-risk", 0.2)
     write_jsonl(pool, records)
     write_jsonl(bad, poisoned)
-    forks.run(*words(pool, student, tmp_path / "once", *asked))
+    forks.run(*words(pool, student, tmp_path / "once", *asked), before=races.RACE_SHORT_ONES)
     out = tmp_path / "s"
-    once = "import lark_fast.scoring.team as t; t.MOST_LOSSES = 1\n"
+    once = races.RACE_SHORT_ONES + "import lark_fast.scoring.team as t; t.MOST_LOSSES = 1\n"
     run = forks.run(
-        *words(bad, deadly, out, *asked, "--devices", 2, "--trust-remote-code", "--json"), before=NO_CEILING + once
+        *words(bad, deadly, out, *asked, "--devices", 2, "--trust-remote-code", "--json"),
+        before=NO_CEILING + once,
     )
     rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
     assert [(line["line"], line["reason"]) for line in rejected] == [
@@ -181,11 +182,11 @@ def test_races(tmp_path, forks, student):
     assert told["passed_tokens"] < told["input_tokens"]
     assert told["forward_flop"] > 0
     # A pool that ends nobody's process comes to the bytes of one process, after SIGTERM too.
-    run = forks.start(*words(pool, student, tmp_path / "two", *asked, "--devices", 2))
+    run = forks.start(*words(pool, student, tmp_path / "two", *asked, "--devices", 2), before=races.RACE_SHORT_ONES)
     wait_for(lambda: list(tmp_path.glob("two/journal-*")), run, 300)
     run.kill(signal.SIGTERM)
     run.ended(130)
-    forks.run(*words(pool, student, tmp_path / "two", *asked))
+    forks.run(*words(pool, student, tmp_path / "two", *asked), before=races.RACE_SHORT_ONES)
     ours, theirs = ([part.read_bytes() for part in part_files(tmp_path / name)] for name in ("two", "once"))
     assert ours == theirs
 

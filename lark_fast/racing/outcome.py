@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
 from lark_fast.kernels.chi2 import TIE_SHARE_OF_SPREAD
-from lark_fast.racing.rules import RaceRules
+from lark_fast.racing.rules import SHORTEST, RaceRules
 from lark_fast.scoring.metrics import json_number
 from lark_fast.scoring.parts import part_files, reading
 
@@ -42,8 +42,8 @@ class RaceOutcome:
         """For people."""
         if not self.problems:
             return [
-                f"race: none was run; it takes more than {self.budget + 1} candidates a problem that differ, and "
-                "not too long for the student to read them in pieces"
+                f"race: none was run; it takes more than {self.budget + 1} candidates a problem that differ, of "
+                f"{SHORTEST} scored tokens or more in the mean, and not too long for the student to read them in pieces"
             ]
         read = f"; {self.head_share:.1%} met the head" if self.head_share < self.share else ""
         in_races = "" if math.isnan(self.share_of_races) else f" ({self.share_of_races:.1%} in those that were raced)"

@@ -1,5 +1,6 @@
 """What a race is run by."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from statistics import NormalDist
 from typing import Any
@@ -15,6 +16,9 @@ AUDIT_SEED = 0
 ROUNDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 LAST_ROUNDS = (0.9, 0.95, 0.97, 0.98, 0.99, 1.0)
 FEWEST = 32  # scored tokens of a first round
+# Scored tokens of a problem's candidates, their mean. With fewer, a round is less than FEWEST, and passes are so small
+# that a race takes longer than none (docs/log.md).
+SHORTEST = 10 * FEWEST
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +51,11 @@ class RaceRules:
     def races(self, candidates: int) -> bool:
         """Whether there is anybody to stop: winners and the one behind them are scored in full."""
         return candidates > self.budget + 1
+
+    @staticmethod
+    def long_enough(scored_tokens: Sequence[int]) -> bool:
+        """Whether a race can pay, of candidates with so many scored tokens each."""
+        return sum(scored_tokens) >= SHORTEST * len(scored_tokens)
 
     def audits(self, problem: str) -> bool:
         """Whether a problem is scored in full, to see what the race would have got wrong."""

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from lark_fast.errors import UserError
 from lark_fast.hashing import hash_fields
 from lark_fast.packing import windows
+from lark_fast.pool.records import NOT_SCORED
 from lark_fast.racing.rules import RaceRules
 from lark_fast.scoring.engine import Unit, Window, batches_in_full
 from lark_fast.scoring.feed import Trajectory, changed_text
@@ -31,8 +32,9 @@ def cut_race_windows(
 ) -> Iterator[Window]:
     """As ``cut_windows``, for races.
 
-    Candidates of a problem that the store has candidates of already are scored in full: the race has been run without
-    them. The rows of a race come into a journal together, so that a journal with some of them has had no race.
+    Problems with too few candidates, or too short ones, run in none. Candidates of a problem that the store has
+    candidates of already are scored in full: the race has been run without them. The rows of a race come into a journal
+    together, so that a journal with some of them has had no race.
 
     Args:
         feed, layout, unfinished, tokens_per_window: see ``cut_windows``.
@@ -54,7 +56,12 @@ def cut_race_windows(
             twins: dict[bytes, list[Trajectory]] = {}
             for item in items:
                 twins.setdefault(item.token_hash, []).append(item)
-            runs = rules.races(len(items)) and len(twins) > 1 and problem_key(name) not in begun
+            runs = (
+                rules.races(len(items))
+                and len(twins) > 1
+                and problem_key(name) not in begun
+                and rules.long_enough([_n_scored(item) for item in items])
+            )
             if runs and not any(done):
                 races.append([Unit(number, same, same[0].step_starts, name) for same in twins.values()])
             elif not (runs and all(done)):
@@ -69,6 +76,10 @@ def cut_race_windows(
             flat[0].position,
             flat[-1].position,
         )
+
+
+def _n_scored(item: Trajectory) -> int:
+    return int(np.count_nonzero(item.labels[1:] != NOT_SCORED))
 
 
 def _tokens(unit: Unit) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
