@@ -6,9 +6,9 @@ BIN := $(VENV)/bin
 .PHONY: demo test benchmarks aot docs lint format clean
 
 demo: $(VENV)/.installed
-	$(BIN)/lark-fast demo --out demo-run
+	OMP_WAIT_POLICY=passive $(BIN)/lark-fast demo --out demo-run
 
-# A process a core, so a thread a process.
+# A process a core, so a thread a process. Threads that spin while they wait hold up whatever else runs.
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 

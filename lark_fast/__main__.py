@@ -22,11 +22,16 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as end:
         if end.code == 130:
-            again = "the same command, but for --overwrite," if "--overwrite" in sys.argv else "the same command"
-            message = f"interrupted; what is on disk is kept, and {again} goes on from there"
-            print(f"lark-fast: {message}", file=sys.stderr)
+            print(f"lark-fast: interrupted; {_what_goes_on(sys.argv)}", file=sys.stderr)
         _leave_ranks(end.code)
         raise
+
+
+def _what_goes_on(words: list[str]) -> str:
+    if words[1:2] == ["demo"]:
+        return "the same command begins anew"
+    again = "the same command, but for --overwrite," if "--overwrite" in words else "the same command"
+    return f"what is on disk is kept, and {again} goes on from there"
 
 
 def _leave_ranks(code: str | int | None) -> None:

@@ -1,5 +1,6 @@
 """The demo on a small part of its problems: every step runs, and what it says follows from what it measured."""
 
+import json
 import math
 
 import numpy as np
@@ -11,7 +12,7 @@ from lark_fast.demo.teachers import TEACHERS
 from tests.command import run
 
 
-def test_the_whole_path(tmp_path):
+def test_the_whole_path(tmp_path, capsys, forks):
     from lark_fast.demo.run import run_demo
 
     result = run_demo(tmp_path / "demo", scale=0.02)
@@ -25,6 +26,12 @@ def test_the_whole_path(tmp_path):
         assert (tmp_path / "demo" / f"checkpoint-{outcome.policy}" / "model.safetensors").exists()
     assert (tmp_path / "demo" / "gain.png").read_bytes().startswith(b"\x89PNG")
     assert 'class="text heat"' in (tmp_path / "demo" / "report.html").read_text()
+    # What it says to go on with can be run as it stands.
+    said = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  lark-fast ")]
+    assert [words[1] for words in said] == ["select", "eval"]
+    for _, *words in said:
+        forks.run(*(word.strip("'") for word in words))
+    assert json.loads((tmp_path / "demo" / "evaluated" / "summary.json").read_text())
 
 
 def test_it_never_writes_into_something_else(tmp_path):
@@ -57,7 +64,7 @@ def test_the_words_follow_from_the_figures():
         )
     )
     assert "= 1.61, faster than random's (0.69)" in better
-    assert "more than before (+50 ± 5 points) and with random (+50 ± 5 points)" in better
+    assert "more than before (+50 ± 5 points) and than with random (+50 ± 5 points)" in better
     worse = conclusion(
         Result(
             solved_before=np.array(many, dtype=bool),

@@ -96,13 +96,14 @@ def conclusion(result: Result) -> str:
         shares.setdefault(verdict, []).append(f"{whom} ({100 * gap:+.0f} ± {100 * error:.0f} points)")
     return (
         f"On held-out problems the loss of {ours.policy}'s selection fell by ln(before / after) = {fall:.2f}, "
-        f"{_compare(losses)}; trained on it, the student solves of {len(ours.solved)} new problems {_compare(shares)}."
+        f"{_compare(losses)}; of {len(ours.solved)} new problems the student that was trained on it solves "
+        f"{_compare(shares)}."
     )
 
 
 def _compare(verdicts: Mapping[str, Sequence[str]]) -> str:
     """Each verdict with those that it holds against."""
-    return ", ".join(f"{verdict} than {' and '.join(whom)}" for verdict, whom in verdicts.items())
+    return ", ".join(f"{verdict} than {' and than '.join(whom)}" for verdict, whom in verdicts.items())
 
 
 def _arrow(losses: tuple[float, float]) -> str:

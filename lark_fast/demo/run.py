@@ -16,7 +16,7 @@ from lark_fast.demo.measures import selection_loss, solved
 from lark_fast.demo.problems import make_problems
 from lark_fast.demo.result import Outcome, Result, conclusion, result_table, share, teachers_table
 from lark_fast.demo.student import make_student
-from lark_fast.demo.teachers import TEACHERS, make_pool, make_school
+from lark_fast.demo.teachers import TEACHERS, ask, make_pool, make_school
 from lark_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def run_demo(out: Path, *, seed: int = 0, scale: float = 1.0) -> Result:
         "pool": _write(out / "pool.jsonl", make_pool(of_pool, rng, prefix="pool")),
         "held-out": _write(out / "held-out.jsonl", make_pool(new_problems[:held_out], rng, prefix="held-out")),
     }
+
+    _write(out / "new.jsonl", ({"messages": ask(one), "answer": str(one.answer)} for one in new_problems))
 
     console.rule("1. A student goes to school")
     untaught, student = out / "student-untaught", out / "student"
@@ -117,6 +119,12 @@ def run_demo(out: Path, *, seed: int = 0, scale: float = 1.0) -> Result:
     )
     if reported is not None:
         console.print(Text(f"What was scored and selected, to look at: {reported}"))
+    console.print(Text("Another selection from these scores, and a checkpoint that answers:"))
+    again = f"--scores {out / 'scores-pool'} --pool {out / 'pool.jsonl'} --out {out / 'tried'}"
+    # The student has been taught to answer at once, and eval would ask it to reason and box its answer.
+    answers = f"--benchmark {out / 'new.jsonl'} --instruction '' --out {out / 'evaluated'}"
+    for words in (f"select {again} --budget 2", f"eval --model {out / f'checkpoint-{outcomes[0].policy}'} {answers}"):
+        console.print(Text(f"  lark-fast {words}"), soft_wrap=True)
     return result
 
 
