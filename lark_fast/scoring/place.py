@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lark_fast.scoring.scorer import Scorer
 
 
-class Counter(Protocol):
+class Listener(Protocol):
     """What hears of passes that are no trajectory's own: an ``Engine``."""
 
     def on_piece(self, lengths: Sequence[int], n_scored: int) -> None:
@@ -46,12 +46,12 @@ class Place(Protocol):
     renderer: Renderer
     options: RenderOptions
 
-    def runner(self, config: "ScoreConfig", counter: Counter) -> AbstractContextManager["Runner"]:
+    def runner(self, config: "ScoreConfig", listener: Listener) -> AbstractContextManager["Runner"]:
         """Forward passes, with local scores or as races where the run asks for them.
 
         Args:
             config: of the run.
-            counter: hears of the passes that these take.
+            listener: hears of the passes that these take.
         """
 
     def rounding_cost(self, config: "ScoreConfig", items: Sequence[Trajectory]) -> "RoundingCost | None":
@@ -83,14 +83,14 @@ class Here:
         return fp8_cost(self.scorer, items)
 
     @contextmanager
-    def runner(self, config: "ScoreConfig", counter: Counter) -> Iterator["Runner"]:
+    def runner(self, config: "ScoreConfig", listener: Listener) -> Iterator["Runner"]:
         """See ``Place``."""
         if self.scorer.fp8 is not None:  # nothing is scored without it from here on
             self.scorer.fp8.let_go()
         with self.scorer.passes() as passes:
             if config.race is not None:
-                yield RacePasses(passes, config.race, counter.on_race)
+                yield RacePasses(passes, config.race, listener.on_race)
             elif config.local_steps is not None:
-                yield LocalPasses(passes, config.local_steps, lambda unit: unit.step_starts, counter.on_piece)
+                yield LocalPasses(passes, config.local_steps, lambda unit: unit.step_starts, listener.on_piece)
             else:
                 yield passes

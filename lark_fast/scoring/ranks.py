@@ -20,7 +20,7 @@ from lark_fast.errors import UserError
 from lark_fast.scoring.feed import Trajectory
 from lark_fast.scoring.layout import Layout
 from lark_fast.scoring.local import LocalPasses
-from lark_fast.scoring.place import Counter, Here
+from lark_fast.scoring.place import Here, Listener
 from lark_fast.scoring.run import ScoreConfig, chosen_dtype, load_scorer, open_place, score_in, students_of
 from lark_fast.scoring.summary import ScoreSummary
 from lark_fast.student import choose_device, dtype_on, load_tokenizer
@@ -136,13 +136,13 @@ class Spread(Here):
         """See ``Place``: the student in float32 may be too large."""
 
     @contextmanager
-    def runner(self, config: ScoreConfig, counter: Counter) -> Iterator["Runner"]:
+    def runner(self, config: ScoreConfig, listener: Listener) -> Iterator["Runner"]:
         """See ``Place``."""
 
         def together(batch: Batch) -> AbstractContextManager[None]:
             return self._leader.together(Pass(batch.sequences))
 
-        with super().runner(config, counter) as runner:
+        with super().runner(config, listener) as runner:
             (runner.passes if isinstance(runner, LocalPasses) else runner).together = together
             yield runner
 

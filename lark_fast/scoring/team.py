@@ -25,7 +25,7 @@ from lark_fast.rendering.renderer import Renderer
 from lark_fast.scoring.facts import Facts
 from lark_fast.scoring.feed import Trajectory
 from lark_fast.scoring.forward import Failed, Scored, Until, Work
-from lark_fast.scoring.place import Counter
+from lark_fast.scoring.place import Listener
 from lark_fast.scoring.run import ScoreConfig, students_of
 from lark_fast.scoring.team_member import (
     Asked,
@@ -238,9 +238,9 @@ class Team:
         """See ``Place``: as above."""
 
     @contextmanager
-    def runner(self, _: ScoreConfig, counter: Counter) -> Iterator["Team"]:
+    def runner(self, _: ScoreConfig, listener: Listener) -> Iterator["Team"]:
         """See ``Place``."""
-        self._counter = counter
+        self._listener = listener
         yield self
 
     def run(
@@ -293,10 +293,10 @@ class Team:
                     self._lose(member, f"failed ({said.reason})")
                 case PieceDone():
                     member.work = said.work
-                    self._counter.on_piece(said.lengths, said.n_scored)
+                    self._listener.on_piece(said.lengths, said.n_scored)
                 case RacePassDone():
                     member.work = said.work
-                    self._counter.on_race(said.starts, said.lengths, said.n_scored)
+                    self._listener.on_race(said.starts, said.lengths, said.n_scored)
                 case Result():
                     member.work = said.work
                     results.append(self._take(member, said))
