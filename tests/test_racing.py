@@ -1,6 +1,7 @@
 """Races on known numbers: who is stopped, what is forecast, and that hard bounds hold whatever comes."""
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -157,24 +158,35 @@ def test_samples_of_a_token_or_all_come_to_an_end(sampled):
     assert out.known[out.winner] == [len(problem[0][k]) for k in np.flatnonzero(out.winner)]
 
 
-def test_bernsteins_bounds_are_wider():
-    words, before, nll, brier = make_problem(2, candidates=8, shortest=200, longest=400)
-    seen = np.concatenate([np.arange(len(own)) < len(own) // 2 for own in words])
-    values, rules = (np.concatenate(nll), np.concatenate(brier)), RaceRules(budget=2, risk=0.1, bounds="bernstein")
-    normal, ours = (made(words, before, np.ones(8), rules)(seen, *values) for made in FORECASTERS.values())
-    np.testing.assert_array_equal(ours.h, normal.h)
-    assert (ours.sd > normal.sd).all()
-    # The inequality itself, of residuals that are all known.
-    made = BernsteinForecaster(words, before, np.ones(8), rules)
-    residuals = np.where(seen, np.random.default_rng(0).normal(size=len(seen)), 0.0)
-    _, sd = made._spread(residuals, seen)
-    first = residuals[: len(words[0]) // 2]
-    n, log = len(first), np.log(2 * 2 / 0.1)
-    width = np.sqrt(2 * first.var(ddof=1) * log / n) + 7 * np.ptp(residuals) * log / (3 * (n - 1))
-    assert sd[0] * rules.deviations == pytest.approx((len(words[0]) - n) / len(words[0]) * width)
+def test_bernsteins_bounds_are_wider_and_hold():
+    rules = RaceRules(budget=2, risk=0.1, bounds="bernstein")
     problem = make_problem(2, candidates=16, shortest=200, longest=500, apart=0.3)
     spent = [race(problem, budget=2, risk=0.1, bounds=bounds).known.sum() for bounds in FORECASTERS]
     assert spent[0] < spent[1]
+    # Long texts, at every share; residuals of a distribution with a tail.
+    rng, length, candidates = np.random.default_rng(0), 10_000, 20
+    words = [np.zeros(length, dtype=np.int64)] * candidates
+    made = BernsteinForecaster(words, words, np.ones(candidates), rules)
+    beside = Forecaster(words, words, np.ones(candidates), rules)
+    for share in (0.1, 0.5, 0.8, 0.9, 0.99):
+        n, beyond = int(share * length), 0
+        for _ in range(15):
+            residuals = rng.gamma(0.5, 2.0, (candidates, length))
+            seen = np.tile(np.arange(length) < n, candidates)
+            known = np.where(seen, residuals.ravel(), 0.0)
+            width = made.quantile * made._spread(known, seen)[1]
+            assert (width > beside.quantile * beside._spread(known, seen)[1]).all()
+            error = (1 - share) * (residuals[:, n:].mean(1) - residuals[:, :n].mean(1))
+            beyond += np.count_nonzero(np.abs(error) > width)
+        assert beyond <= 2 * 0.05 * 15 * candidates
+
+
+def test_a_risk_of_a_half_for_one():
+    problem = make_problem(2, candidates=16, shortest=200, longest=500, apart=0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spent = [race(problem, budget=1, risk=0.5, bounds=bounds).known.sum() for bounds in FORECASTERS]
+    assert spent[0] < spent[1] <= sum(map(len, problem[0]))
 
 
 def test_what_a_store_is_of():

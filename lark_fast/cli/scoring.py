@@ -122,7 +122,7 @@ def score(
     ] = None,
     race_bounds: Annotated[
         RaceBounds | None,
-        typer.Option(help="Of what a race does not know yet: normal quantiles, or Bernstein's inequality, wider."),
+        typer.Option(help="How a race bounds its forecasts' errors: as normal ones, or by Bernstein's inequality."),
     ] = None,
     head_share: Annotated[
         float | None,

@@ -57,7 +57,7 @@ class Forecast(NamedTuple):
     nll: NDArray[np.float64]
     brier: NDArray[np.float64]
     h: NDArray[np.float64]  # orders as g_hat does
-    sd: NDArray[np.float64]  # of the error of h, m being right; 0 where all is known
+    sd: NDArray[np.float64]  # of the error of h, m being right; 0 where all is known; see ``Forecaster.quantile``
     sd_m: float  # of the error of m, which is the same for all candidates
 
 
@@ -107,6 +107,11 @@ class Forecaster:
         means = {name: total / self.lengths for name, total in sums.items()}
         sd_m = float(self._copies @ sd_of_m / max(self._copies @ means["nll"], np.finfo(float).tiny))
         return Forecast(means["nll"], means["brier"], 2 * means["brier"] - m * means["nll"], sd, sd_m)
+
+    @property
+    def quantile(self) -> float:
+        """How many ``sd`` an error may have by the rules."""
+        return self._rules.deviations
 
     def count(self, which: NDArray[np.bool_]) -> NDArray[np.int64]:
         """``[K]`` how many tokens of each candidate these ``[sum T]`` are."""

@@ -74,14 +74,15 @@ class Race:
         forecasts: type[Forecaster] | None = None,
         samples: Sequence[ArrayLike] | None = None,
     ) -> None:
-        self._forecaster = (forecasts or FORECASTERS[rules.bounds])(words, before, copies, rules)
+        bounds = rules.bounds if rules.risk else "normal"  # hard ones ask forecasts for means alone
+        self._forecaster = (forecasts or FORECASTERS[bounds])(words, before, copies, rules)
         self._copies, self._rules = np.asarray(copies), rules
         self.lengths = self._forecaster.lengths
-        bounds = np.concatenate([[0], np.cumsum(self.lengths)])
-        self._slices = [slice(a, b) for a, b in itertools.pairwise(bounds)]
-        self._nll, self._brier = (np.full(bounds[-1], np.nan) for _ in range(2))
-        self._seen = np.zeros(bounds[-1], dtype=bool)
-        self._sampled = np.full(bounds[-1], samples is None)
+        ends = np.concatenate([[0], np.cumsum(self.lengths)])
+        self._slices = [slice(a, b) for a, b in itertools.pairwise(ends)]
+        self._nll, self._brier = (np.full(ends[-1], np.nan) for _ in range(2))
+        self._seen = np.zeros(ends[-1], dtype=bool)
+        self._sampled = np.full(ends[-1], samples is None)
         for own, chosen in zip(self._slices, samples or (), strict=False):
             self._sampled[own][np.asarray(chosen, dtype=np.int64)] = True
         self._least = np.array([_place_of(self._sampled[own], FEWEST) for own in self._slices])
@@ -161,7 +162,7 @@ class Race:
         lead = forecast.h[None, :] - forecast.h[:, None]
         by_m = forecast.sd_m * (forecast.nll[None, :] - forecast.nll[:, None])
         chance = np.sqrt(forecast.sd[None, :] ** 2 + forecast.sd[:, None] ** 2 + by_m**2)
-        return lead > self._rules.deviations * chance + MARGIN
+        return lead > self._forecaster.quantile * chance + MARGIN
 
     def _hard(self) -> Iterator[_Goal]:
         running = np.ones(len(self.lengths), dtype=bool)
