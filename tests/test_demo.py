@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tests.command import run
 def test_the_whole_path(tmp_path, capsys, forks):
     from lark_fast.demo.run import run_demo
 
-    result = run_demo(tmp_path / "demo", scale=0.02)
+    result = run_demo(tmp_path / "a demo", scale=0.02)
     assert [outcome.policy for outcome in result.outcomes] == list(POLICIES)
     for outcome in result.outcomes:
         assert outcome.rows == 16  # 8 problems, budget 2
@@ -23,15 +24,15 @@ def test_the_whole_path(tmp_path, capsys, forks):
         assert outcome.teachers.keys() == TEACHERS.keys()
         assert len(outcome.curve) == outcome.steps
         assert all(math.isfinite(loss) for loss in (*outcome.training, *outcome.held_out))
-        assert (tmp_path / "demo" / f"checkpoint-{outcome.policy}" / "model.safetensors").exists()
-    assert (tmp_path / "demo" / "gain.png").read_bytes().startswith(b"\x89PNG")
-    assert 'class="text heat"' in (tmp_path / "demo" / "report.html").read_text()
+        assert (tmp_path / "a demo" / f"checkpoint-{outcome.policy}" / "model.safetensors").exists()
+    assert (tmp_path / "a demo" / "gain.png").read_bytes().startswith(b"\x89PNG")
+    assert 'class="text heat"' in (tmp_path / "a demo" / "report.html").read_text()
     # What it says to go on with can be run as it stands.
-    said = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  lark-fast ")]
+    said = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  lark-fast ")]
     assert [words[1] for words in said] == ["select", "eval"]
     for _, *words in said:
-        forks.run(*(word.strip("'") for word in words))
-    assert json.loads((tmp_path / "demo" / "evaluated" / "summary.json").read_text())
+        forks.run(*words)
+    assert json.loads((tmp_path / "a demo" / "evaluated" / "summary.json").read_text())
 
 
 def test_it_never_writes_into_something_else(tmp_path):

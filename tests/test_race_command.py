@@ -193,6 +193,8 @@ def test_a_race_with_a_sample_reads_winners_in_full(place, forks, full, sampled)
             assert row["nll"] == pytest.approx(full[key]["nll"], rel=0.2)  # a forecast
     read = sum(row["n_head"] for row in found.values())
     assert told["head_tokens"] == read < told["race_share"] * told["scored_tokens"]
+    forecast = sum(row["n_head"] < row["n_tokens"] for row in found.values())
+    assert told["race_stopped"] == forecast
     assert told["race_head_share"] == pytest.approx(read / told["scored_tokens"])
     assert "nll_se" not in next(iter(found.values()))  # forecasts have no standard error of a sample
 
@@ -307,8 +309,8 @@ def test_candidates_that_do_not_lie_together(place, forks):
 
 
 def test_a_report_says_what_is_forecast(place, raced, sampled, full):
-    for name, scores in (("raced", raced[0]), ("sampled", sampled[0])):
-        stopped = sum(row["n_raced"] < row["n_tokens"] and not row["audited"] for row in scores.values())
+    for name, scores, read in (("raced", raced[0], "n_raced"), ("sampled", sampled[0], "n_head")):
+        stopped = sum(row[read] < row["n_tokens"] and not row["audited"] for row in scores.values())
         (said,) = Scores(str(place / name)).caveats
         assert f"{stopped} of {len(scores)} trajectories were stopped early" in said
     assert Scores(str(place / "full")).caveats == []

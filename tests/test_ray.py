@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 
+import numpy as np
 import psutil
 import pytest
 
@@ -21,7 +22,8 @@ from lark_fast.scoring.parts import part_files
 from lark_fast.scoring.run import ScoreConfig, score_pool
 from lark_fast.scoring.store import read_manifest
 from lark_fast.scoring.team_member import Asked, Refused, serve_on
-from tests.command import ENVIRONMENT, Forks, make_records, write_jsonl, write_student
+from tests import races
+from tests.command import ENVIRONMENT, NO_CEILING, Forks, make_records, write_jsonl, write_student
 from tests.score_rows import table
 from tests.test_engine_faults import rows_of, wait_for
 from tests.test_examples import EXAMPLES
@@ -129,6 +131,20 @@ def test_an_actor_is_killed(tmp_path, forks, student, cluster, whole):
     assert "was lost (ActorDiedError): its passes are done again" in run.stderr
     assert read_manifest(out)["config"]["engine"] == "ray"
     same(out, once)
+
+
+def test_a_race(tmp_path, forks, student, cluster):
+    """Problems race in actors as they do here."""
+    pool = write_jsonl(tmp_path / "pool.jsonl", list(races.make_records())[:60])
+    how = ("score", "--pool", pool, "--student", student, "--dtype", "float32", "--device", "cpu", "--race", 2)
+    forks.run(*how, "--out", tmp_path / "here", before=NO_CEILING + races.RACE_SHORT_ONES)
+    there = ("--engine", "ray", "--ray-address", cluster, "--devices", 1, "--out", tmp_path / "there")
+    forks.run(*how, *there, before=NO_CEILING + races.RACE_SHORT_ONES)
+    ours, theirs = (table(tmp_path / name) for name in ("there", "here"))
+    columns = ["problem_id", "candidate_id", "n_raced", "winner", "audited"]
+    assert ours.select(columns).equals(theirs.select(columns))
+    assert sum(ours["n_raced"].to_pylist()) < sum(ours["n_tokens"].to_pylist())
+    np.testing.assert_allclose(ours["nll"], theirs["nll"], rtol=1e-6)
 
 
 def test_killed_and_gone_on_with_without_ray(tmp_path, forks, student, cluster, whole):

@@ -6,13 +6,18 @@ import random
 import signal
 import time
 
+import numpy as np
 import psutil
 import pytest
 
 from lark_fast.errors import UserError
+from lark_fast.scoring.forward import Work
+from lark_fast.scoring.layout import Layout
 from lark_fast.scoring.parts import part_files
+from lark_fast.scoring.run import ScoreConfig
 from lark_fast.scoring.store import read_manifest
-from lark_fast.scoring.team import choose_devices
+from lark_fast.scoring.team import Team, _Job, choose_devices
+from lark_fast.scoring.team_member import Result, SentScore
 from tests import races
 from tests.command import NO_CEILING, make_records, write_jsonl, write_student
 from tests.score_rows import table
@@ -189,6 +194,27 @@ def test_races(tmp_path, forks, student):
     forks.run(*words(pool, student, tmp_path / "two", *asked), before=races.RACE_SHORT_ONES)
     ours, theirs = ([part.read_bytes() for part in part_files(tmp_path / name)] for name in ("two", "once"))
     assert ours == theirs
+
+
+def test_results_come_to_whom_they_are_of():
+    """A problem that runs in no race is laid out anew where it is scored."""
+    team = Team(ScoreConfig(pool=("p",), student="s", out="o"), ["cpu"])
+    team.layout = Layout(packed=True, border=None, tokens_per_batch=100)
+    ids = [np.arange(1, n) for n in (5, 9, 7)]
+    job = _Job(0, team.layout.prepare(["a", "b", "c"], [(each, each) for each in ids]), left={0, 1, 2})
+    team._jobs[0] = job
+    member = team._members[0]
+    member.jobs.append(job)
+    sent = [SentScore({"nll": float(place)}, 1, 1, None, None) for place in (1, 2, 0)]
+    batch, scored = team._take(member, Result(job=0, members=[1, 2, 0], scored=sent, work=Work()))
+    assert [(name, one.means["nll"]) for name, one in zip(batch.members, scored, strict=True)] == [
+        ("b", 1.0),
+        ("c", 2.0),
+        ("a", 0.0),
+    ]
+    assert batch.lengths == [8, 6, 4]
+    assert not team._jobs
+    assert not member.jobs
 
 
 def test_a_student_that_nobody_can_load(tmp_path, forks, student):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 import sys
 import time
 from collections.abc import Iterable
@@ -120,11 +121,11 @@ def run_demo(out: Path, *, seed: int = 0, scale: float = 1.0) -> Result:
     if reported is not None:
         console.print(Text(f"What was scored and selected, to look at: {reported}"))
     console.print(Text("Another selection from these scores, and a checkpoint that answers:"))
-    again = f"--scores {out / 'scores-pool'} --pool {out / 'pool.jsonl'} --out {out / 'tried'}"
+    again = ("--scores", out / "scores-pool", "--pool", out / "pool.jsonl", "--out", out / "tried", "--budget", 2)
     # The student has been taught to answer at once, and eval would ask it to reason and box its answer.
-    answers = f"--benchmark {out / 'new.jsonl'} --instruction '' --out {out / 'evaluated'}"
-    for words in (f"select {again} --budget 2", f"eval --model {out / f'checkpoint-{outcomes[0].policy}'} {answers}"):
-        console.print(Text(f"  lark-fast {words}"), soft_wrap=True)
+    model, asked = out / f"checkpoint-{outcomes[0].policy}", ("--benchmark", out / "new.jsonl", "--instruction", "")
+    for words in (("select", *again), ("eval", "--model", model, *asked, "--out", out / "evaluated")):
+        console.print(Text(f"  {shlex.join(map(str, ('lark-fast', *words)))}"), soft_wrap=True)
     return result
 
 

@@ -24,7 +24,7 @@ class RaceOutcome:
     budget: int
     risk: float
     problems: int  # that were raced or audited
-    stopped: int  # candidates that were not scored to their end
+    stopped: int  # candidates that were not read in full, so that their scores are forecasts
     head_share: float  # of the store's scored tokens, those that the head read; less than ``share`` with a sample
     share: float  # of the store's scored tokens, those that were scored; audited problems in full
     share_of_races: float  # the same of raced problems alone
@@ -101,7 +101,7 @@ def read_race(directory: str | Path, rules: RaceRules) -> RaceOutcome:
         budget=rules.budget,
         risk=rules.risk,
         problems=len(np.unique(problem[raced])),
-        stopped=int(np.count_nonzero(scored < n_tokens)),
+        stopped=int(np.count_nonzero(read < n_tokens)),
         head_share=_over(read.sum(), n_tokens.sum()),
         share=_over(scored.sum(), n_tokens.sum()),
         share_of_races=_over(scored[running].sum(), n_tokens[running].sum()),

@@ -104,7 +104,7 @@ class RacePasses:
         self._in_full.clear()
         for batch, scored in self.passes.run(self._pieces(batches), until):
             if not isinstance(batch.members[0], _Piece):
-                if batch.members[0].race is not None:
+                if scored is not None and batch.members[0].race is not None:
                     self._count(batch, [0] * len(batch.lengths))
                 yield batch, scored and [_with(one, one.n_tokens, None, False) for one in scored]
                 continue
@@ -118,7 +118,9 @@ class RacePasses:
             heat.asked = None if heat.audited else heat.race.asks()
             if heat.asked is None:
                 self._heats.remove(heat)
-                yield heat.batch, self._results(heat)
+                done = heat.batch, self._results(heat)
+                del heat, batch, scored  # and with them what the problem's tokens have left behind
+                yield done
 
     def _pieces(self, batches: Iterable[Batch | None]) -> Iterator[Batch | None]:
         """What is to pass next; None where that depends on what is under way."""
@@ -167,7 +169,7 @@ class RacePasses:
 
     def _has_room(self, n_tokens: int) -> bool:
         student = self.passes.student
-        free = torch.cuda.mem_get_info(student.device)[0] if student.device.type == "cuda" else available_memory()
+        free = available_memory(student.device)
         each = student.past_bytes + (0 if self.rules.head_share is None else hidden_bytes(student))
         return n_tokens * each * (1 + self.ahead) * self._sharing <= PAST_MEMORY_SHARE * free
 

@@ -25,6 +25,7 @@ def refuse_beside_race(config: "ScoreConfig") -> None:
         "--local-steps": config.local_steps is not None,
         "--shard": config.shard is not None,
         "--export": config.export is not None,
+        "head_share of the run, but of its RaceRules": config.head_share is not None,
         "--compile": config.compile,  # its passes are filled up to one shape, and pieces are small
         "torchrun": "TORCHELASTIC_RUN_ID" in os.environ,
     }

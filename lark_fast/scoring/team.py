@@ -127,7 +127,7 @@ class _Member:
     def __init__(self, asked: Asked, crew: Crew, number: int) -> None:
         self.asked, self.crew, self._name = asked, crew, crew.name(number, asked.device)
         self.where = ""  # its machine, where it is not this one
-        self.jobs: deque[_Job] = deque()  # that it has, in the order in which it does them
+        self.jobs: deque[_Job] = deque()  # that it has, in the order in which it begins them
         self.failures = 0  # in a row
         self.facts: Facts | None = None  # None: not ready
         self.work = Work()  # of this process
@@ -148,7 +148,10 @@ class _Member:
         """How many passes more it should have: the next ones are there before the one in hand is done."""
         if self.facts is None:
             return 0
-        return (3 if self.facts.device_type == "cuda" else 2) - len(self.jobs)
+        passes = 3 if self.facts.device_type == "cuda" else 2
+        if self.asked.config.race is not None:  # whole problems, which take their time: nobody is to wait for the last
+            passes -= 1
+        return passes - len(self.jobs)
 
     def take(self, job: _Job, with_steps: bool) -> None:
         """Give it a pass."""
@@ -305,7 +308,7 @@ class Team:
     def _take(self, member: _Member, result: Result) -> tuple[Batch, list[Scored] | None]:
         job = self._jobs[result.job]
         batch = job.batch
-        if len(result.members) < len(batch.members):  # its memory was short: in pieces
+        if list(result.members) != list(range(len(batch.members))):  # in pieces, or laid out anew
             parts = ([whole[place] for place in result.members] for whole in (batch.members, batch.sequences))
             batch = self.layout.prepare(*parts)
         job.left.difference_update(result.members)

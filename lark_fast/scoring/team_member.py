@@ -179,7 +179,7 @@ def _serve(line: TwoWay, asked: Asked, where: str) -> None:
             def on_pass(starts: Sequence[int], lengths: Sequence[int], n_scored: int) -> None:
                 line.tell(pickle.dumps(RacePassDone(starts, lengths, n_scored, passes.work)))
 
-            sharing = asked.members if config.device == "cpu" else 1
+            sharing = asked.members if config.device == "cpu" and not where else 1  # those elsewhere are on any machine
             runner = RacePasses(passes, config.race, on_pass, sharing)
             idle = runner.idle
         elif config.local_steps is not None:
