@@ -6,10 +6,10 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
+from lark_fast.batch import Targets
 from lark_fast.errors import UserError
 from lark_fast.hashing import hash_fields
 from lark_fast.packing import windows
-from lark_fast.pool.records import NOT_SCORED
 from lark_fast.racing.rules import RaceRules
 from lark_fast.scoring.engine import Unit, Window, batches_in_full
 from lark_fast.scoring.feed import Trajectory, changed_text
@@ -60,7 +60,7 @@ def cut_race_windows(
                 rules.races(len(items))
                 and len(twins) > 1
                 and problem_key(name) not in begun
-                and rules.long_enough([_n_scored(item) for item in items])
+                and rules.long_enough([len(Targets.of(item.labels).rows) for item in items])
             )
             if runs and not any(done):
                 races.append([Unit(number, same, same[0].step_starts, name) for same in twins.values()])
@@ -76,10 +76,6 @@ def cut_race_windows(
             flat[0].position,
             flat[-1].position,
         )
-
-
-def _n_scored(item: Trajectory) -> int:
-    return int(np.count_nonzero(item.labels[1:] != NOT_SCORED))
 
 
 def _tokens(unit: Unit) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
