@@ -26,12 +26,11 @@ from lark_fast.pool.reading import Pool, Rejected
 from lark_fast.racing.bernstein import BernsteinForecaster
 from lark_fast.racing.forecast import Forecaster
 from lark_fast.racing.outcome import missed_winners, proportion_interval
-from lark_fast.racing.race import Race, replay
+from lark_fast.racing.race import Race, draw_samples, replay
 from lark_fast.racing.rules import RaceRules
 from lark_fast.rendering.renderer import Renderer, RenderOptions
 from lark_fast.scoring.agreement import Scores, agreement
 from lark_fast.scoring.feed import token_hash
-from lark_fast.scoring.head_sampling import sample_rows
 from lark_fast.scoring.learnability import g_hat
 from lark_fast.scoring.parts import part_files
 from lark_fast.student import load_student
@@ -184,9 +183,7 @@ def raced(
 
 
 def _race(own: list[Candidate], rules: RaceRules, forecasts: type[Forecaster]) -> "Watched":
-    share, samples = rules.head_share, None
-    if share is not None:
-        samples = [sample_rows(len(one.rows), share, one.token_hash) for one in own]
+    samples = draw_samples(rules, (len(one.rows) for one in own), (one.token_hash for one in own))
     words, before = [one.words for one in own], [one.before for one in own]
     return Watched(words, before, np.ones(len(own)), rules, forecasts, samples)
 

@@ -22,10 +22,9 @@ from lark_fast.kernels.token_stats import TokenStats
 from lark_fast.kernels.trajectory_reduce import trajectory_reduce
 from lark_fast.memory import available_memory
 from lark_fast.past import Past
-from lark_fast.racing.race import Outcome, Race, replay
+from lark_fast.racing.race import Outcome, Race, draw_samples, replay
 from lark_fast.racing.rules import RaceRules
 from lark_fast.scoring.forward import Passes, Scored, Until, columns_of
-from lark_fast.scoring.head_sampling import sample_rows
 from lark_fast.student import Student
 
 PAST_MEMORY_SHARE = 0.25  # of what is free, for the keys and values of the problems under way
@@ -149,10 +148,7 @@ class RacePasses:
         entrants: Sequence[Entrant] = batch.members
         targets = [marks if isinstance(marks, Targets) else Targets.of(marks) for _, marks in batch.sequences]
         before = [np.asarray(ids)[own.rows] for (ids, _), own in zip(batch.sequences, targets, strict=True)]
-        share, samples = self.rules.head_share, None
-        if share is not None:
-            of = zip(targets, entrants, strict=True)
-            samples = [sample_rows(len(own.rows), share, one.token_hash) for own, one in of]
+        samples = draw_samples(self.rules, (len(own.rows) for own in targets), (one.token_hash for one in entrants))
         copies = [one.copies for one in entrants]
         race = Race([own.words for own in targets], before, copies, self.rules, samples=samples)
         audited = self.rules.audits(entrants[0].race)

@@ -16,7 +16,7 @@ Winners and the one behind them, which sets the threshold, are scored in full in
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from lark_fast.racing.bernstein import BernsteinForecaster
 from lark_fast.racing.forecast import Forecast, Forecaster
 from lark_fast.racing.rules import FEWEST, RaceRules
+from lark_fast.scoring.head_sampling import sample_rows
 from lark_fast.scoring.learnability import g_hat
 
 FORECASTERS = {"normal": Forecaster, "bernstein": BernsteinForecaster}
@@ -214,6 +215,16 @@ class Race:
     def _finite(self) -> bool:
         """Whether all that is known are numbers; where they are not, no forecast is worth anything."""
         return bool(np.isfinite(self._nll[self._seen]).all() and np.isfinite(self._brier[self._seen]).all())
+
+
+def draw_samples(
+    rules: RaceRules, lengths: Iterable[int], token_hashes: Iterable[bytes]
+) -> list[NDArray[np.int64]] | None:
+    """``samples`` of a race by its rules, of candidates with so many scored tokens each."""
+    share = rules.head_share
+    if share is None:
+        return None
+    return [sample_rows(n, share, digest) for n, digest in zip(lengths, token_hashes, strict=True)]
 
 
 def _place_of(sampled: NDArray[np.bool_], number: int) -> int:
